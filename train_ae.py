@@ -26,6 +26,8 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -33,6 +35,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import keras
 import numpy as np
 import requests
@@ -70,6 +73,7 @@ class Settings:
     batch_size: int = setting(1, "images in each step", 1)
     learning_rate: float = setting(0.001, "learning rate of Adam", 1e-9)
     sample_every: int = setting(50, "steps from one picture and test figure to the next", 1)
+    checkpoint_every: int = setting(500, "steps from one checkpoint to the next", 1)
     seed: int = setting(0, "seed of the initial weights and of the order of the images", 0)
     dataset: str = setting("mnist", "TFDS set of 28x28x1 images, or mnist_5k for the digits shipped with this script")
     data_dir: str | None = setting(None, "folder of TFDS's data sets (default: TFDS_DATA_DIR, else TFDS's own)")
@@ -90,6 +94,11 @@ class Settings:
         if self.run_name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", self.run_name, re.ASCII):
             raise SettingsError(f"the run name must be 1 to 100 letters, digits, '_', '-', '.', not {self.run_name!r}")
 
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """The run's folder of logs and its folder of samples."""
+        return Path(self.log_dir, self.run_name), Path(self.sample_dir, self.run_name)
+
 
 # --- data ---
 class Data(NamedTuple):
@@ -101,12 +110,13 @@ class Data(NamedTuple):
     source: str
 
 
-def load_data(settings: Settings) -> Data:
-    """Return the images of a run: those shipped with the script where they are enough, else TFDS's.
+def load_data(settings: Settings, needed: int | None = None) -> Data:
+    """Return the images of a run: those shipped with the script where they are as many as needed, else TFDS's.
 
-    Raises SettingsError for a data set that cannot be used, ConnectionError for one that cannot be downloaded.
+    `needed` counts training images; by default they are as many as the steps take. Raises SettingsError for a data
+    set that cannot be used, ConnectionError for one that cannot be downloaded.
     """
-    needed = settings.steps * settings.batch_size
+    needed = needed or settings.steps * settings.batch_size
     data = None
     if settings.dataset in ("mnist", "mnist_5k"):
         with np.load(SHIPPED_DIGITS) as file:
@@ -146,6 +156,8 @@ def load_tfds(name: str, data_dir: str | None, needed: int) -> Data:
             builder.download_and_prepare()
         except Exception as error:  # whatever broke the download, the data set is not to be had
             raise ConnectionError(f"{name} could not be downloaded ({first_line(error)})") from error
+    if builder.info.name != re.split("[/:]", name)[0]:
+        raise SettingsError(f"{builder.data_dir} holds {builder.info.full_name} instead of {name}; remove it")
     splits = builder.info.splits
     if not {"train", "test"} <= set(splits):
         raise SettingsError(f"data set {name} has no splits train and test, but {', '.join(splits)}")
@@ -175,7 +187,8 @@ def answers(url: str, seconds: float = 4) -> bool:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, for errors that go on for pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = re.sub(r"\{\{.*?\}\} | \[Op:\w+\]", "", str(error)).strip()  # without TensorFlow's names of operations
+    return (text or type(error).__name__).splitlines()[0]
 
 
 def pick_test_images(labels: np.ndarray) -> np.ndarray:
@@ -266,21 +279,19 @@ def to_float(images: tf.Tensor) -> tf.Tensor:
 
 
 def make_train_steps(
-    autoencoder: keras.Model, images: np.ndarray, settings: Settings, writer: tf.summary.SummaryWriter
+    autoencoder: keras.Model, optimizer: Adam, images: np.ndarray, settings: Settings, writer: tf.summary.SummaryWriter
 ) -> Callable[[int, int], tf.Tensor]:
     """Return the compiled function that trains from step `first` to before step `last`: its losses, (last - first,).
 
     Each loss is that of the step's batch before its update, and goes to TensorBoard as it is computed.
     """
     count, images = len(images), tf.constant(images)  # uint8, on the device as a whole: no input pipeline to wait for
-    weights = [variable.value for variable in autoencoder.trainable_variables]
-    optimizer = Adam(weights, settings.learning_rate)
 
     def train_step(step: tf.Tensor) -> tf.Tensor:
         batch = to_float(tf.gather(images, batch_indices(step, settings.batch_size, count, settings.seed)))
         with tf.GradientTape() as tape:
             loss = reconstruction_loss(batch, autoencoder(batch, training=True))
-        optimizer.apply(tape.gradient(loss, weights), step)
+        optimizer.apply(tape.gradient(loss, optimizer.weights), step)
         with writer.as_default(), tf.name_scope("/"):  # else the loop is part of the tag: map/while/loss
             tf.summary.scalar("loss", loss, step)
         return loss
@@ -357,29 +368,28 @@ def draw_grid(originals: np.ndarray, reconstructions: np.ndarray, title: str) ->
     return picture
 
 
-def draw_summary(path: Path, losses: np.ndarray, tests: dict[int, float], grids: dict[int, Path]) -> None:
-    """Write a figure: the losses on a log scale, beside the first row of test images as drawn along the run.
-
-    `losses` are those of training, (steps,); `tests` and `grids` map a step to its test loss and to its picture.
-    """
+def draw_summary(record: "Record") -> Figure:
+    """Return a figure: the losses on a log scale, beside the first row of test images as drawn along the run."""
+    losses = np.array(list(record.losses.values()), np.float32)
     figure = Figure(figsize=(13, 5))
     curves, digits = figure.subplots(1, 2, width_ratios=(1, 1.1))
     figure.subplots_adjust(0.06, 0.1, 0.99, 0.93, wspace=0.18)
-    window = min(50, len(losses))
+    window, thin = min(50, len(losses)), len(losses) // 4000 + 1  # a long curve takes memory, and shows no more
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    curves.semilogy(losses, color="tab:blue", alpha=0.25, linewidth=0.5, label="training, each step")
-    curves.semilogy(np.arange(len(smooth)) + window - 1, smooth, color="tab:blue", label=f"training, mean of {window}")
-    curves.semilogy(list(tests), list(tests.values()), color="tab:orange", label="test")
+    steps = np.arange(len(losses))
+    curves.semilogy(steps[::thin], losses[::thin], color="tab:blue", alpha=0.25, linewidth=0.5, label="training, each")
+    curves.semilogy(steps[window - 1 :: thin], smooth[::thin], color="tab:blue", label=f"training, mean of {window}")
+    curves.semilogy(list(record.tests), list(record.tests.values()), color="tab:orange", label="test")
     curves.set(xlabel="step", ylabel="loss", title="Squared error")
     curves.grid(alpha=0.3)
     curves.legend()
-    steps = np.array(list(grids))[np.unique(np.geomspace(1, len(grids), 8).astype(int) - 1)]
-    pictures = [Image.open(grids[step]) for step in steps]
+    steps = np.array(list(record.tests))[np.unique(np.geomspace(1, len(record.tests), 8).astype(int) - 1)]
+    pictures = [Image.open(record.grid(step)) for step in steps]
     strips = [pictures[0].crop(grid_row(0)), *(picture.crop(grid_row(1)) for picture in pictures)]
     digits.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255)
     digits.set_yticks((np.arange(len(strips)) + 0.5) * TILE, ["original", *(f"step {step:,}" for step in steps)])
     digits.set(xticks=[], title="Test images along the run")
-    write_whole(path, figure.savefig)
+    return figure
 
 
 # --- a run ---
@@ -392,6 +402,7 @@ def set_up_tensorflow(settings: Settings) -> str:
     if settings.device == "gpu" and not gpus:
         raise SettingsError("--device gpu: TensorFlow finds no GPU here; use --device cpu, or see the README on GPUs")
     keras.utils.set_random_seed(settings.seed)
+    tf.get_logger().setLevel("ERROR")
     with contextlib.suppress(RuntimeError):  # a program that has used TensorFlow before has settled these
         # A sum depends on how many threads share it: so their number is fixed, whatever the processor has. One image
         # is too little to share.
@@ -405,87 +416,211 @@ def set_up_tensorflow(settings: Settings) -> str:
     return "/GPU:0" if gpus else "/CPU:0"
 
 
-def make_run_folders(settings: Settings) -> tuple[str, Path, Path]:
-    """Make the folders of a new run; return its name, its folder of logs and its folder of samples.
+def make_run(settings: Settings, config: dict[str, Any]) -> None:
+    """Make the folders of a new run; the one of logs appears with its config.json, so that the run can be resumed.
 
     Raises SettingsError for a name that is taken and for a folder that cannot be written.
     """
-    name = settings.run_name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    logs, samples = folders = Path(settings.log_dir, name), Path(settings.sample_dir, name)
-    for index, folder in enumerate(folders):
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            for made in folders[:index]:
-                made.rmdir()
-            reason = "there is a run of this name" if isinstance(error, FileExistsError) else error.strerror
-            raise SettingsError(f"{folder} cannot be made: {reason}") from error
-    return name, logs, samples
+    logs, samples = settings.folders
+    part = logs.with_name(f".part-{logs.name}-{os.getpid()}")
+    if logs.exists() or samples.exists():
+        raise SettingsError(f"there is a run named {logs.name} in {logs} or {samples}; name another, or --resume it")
+    try:
+        part.mkdir(parents=True)
+        write_json(part / "config.json", config)
+        samples.mkdir(parents=True)
+        part.replace(logs)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise SettingsError(f"{logs} and {samples} cannot be made: {error.strerror}") from error
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Train an autoencoder, write all that a run writes (see the README), and return what metrics.json holds.
+def read_config(run: str) -> tuple[Settings, dict[str, Any]]:
+    """Return the settings and the rest of config.json of a run, given as its name in logs/ or as its folder of logs.
 
-    Raises SettingsError, ConnectionError for data that cannot be downloaded, OSError for a file that cannot be written.
+    Raises SettingsError where there is no such run, OSError for a config.json that is damaged.
     """
-    started = time.perf_counter()
-    device = set_up_tensorflow(settings)
-    data = load_data(settings)
-    name, logs, samples = make_run_folders(settings)
-    used = f"{len(data.train):,} training and {len(data.test):,} test images: {data.source}"
-    print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
-    print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
-    versions = {"python": sys.version.split()[0], "tensorflow": tf.__version__, "keras": keras.__version__}
-    config = dataclasses.asdict(settings) | {"run_name": name, "data": used} | versions
-    write_json(logs / "config.json", config)
+    path = Path(run if Path(run, "config.json").exists() else Path(Settings.log_dir, run), "config.json")
+    try:
+        config = json.loads(path.read_text())
+        settings = Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
+    except FileNotFoundError:
+        raise SettingsError(f"there is no run to resume in {path.parent}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} is damaged ({first_line(error)}); the run cannot be resumed without it") from error
+    return dataclasses.replace(settings, log_dir=str(path.parent.parent), run_name=path.parent.name), config
 
-    with tf.device(device):
-        autoencoder = build_autoencoder()
-        writers = [tf.summary.create_file_writer(str(logs / kind)) for kind in ("train", "test")]
-        train_steps = make_train_steps(autoencoder, data.train, settings, writers[0])
-        with writers[0].as_default(step=0):
+
+def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> None:
+    """Restore the newest checkpoint that is whole, if one was ever finished; raises OSError where all are damaged."""
+    found = {int(match[1]) for path in folder.glob("ckpt-*") if (match := re.match(r"ckpt-(\d+)\.", path.name))}
+    paths = [str(folder / f"ckpt-{step}") for step in sorted(found)]
+    while paths:
+        try:
+            checkpoint.restore(paths[-1]).assert_consumed()
+            break
+        except Exception as error:  # TensorFlow has many for a file that is missing, cut short or full of zeros
+            print(f"{paths.pop()} is damaged ({first_line(error)}); the one before is used", flush=True)
+    if paths:
+        tf.compat.v1.train.update_checkpoint_state(str(folder), paths[-1], paths)  # what the manager goes by
+    elif (folder / "checkpoint").exists():  # written once a checkpoint is finished
+        raise OSError(f"{folder} holds no checkpoint that can be read")
+
+
+def cut_events(folder: Path, end: int) -> dict[int, float]:
+    """Remove TensorBoard's events of step `end` and after it; return the losses of the steps that stay."""
+    losses = {}
+
+    def copy(part: Path) -> None:
+        records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+        with tf.io.TFRecordWriter(str(part)) as writer, contextlib.suppress(tf.errors.DataLossError):  # a torn end
+            for record in records:
+                event = tf.compat.v1.Event.FromString(record)
+                if event.step < end:
+                    writer.write(record)
+                    found = (value.tensor for value in event.summary.value if value.tag == "loss")
+                    losses.update((event.step, tf.make_ndarray(tensor)) for tensor in found)
+
+    for path in sorted(folder.glob("events.*")):
+        write_whole(path, copy)
+    return losses
+
+
+class Record:
+    """What a run writes as it goes: the losses and figures for TensorBoard, and the pictures.
+
+    Has `losses`, of training, and `tests`, both from a step to its value.
+    """
+
+    def __init__(self, logs: Path, samples: Path, data: Data, step: int) -> None:
+        """Go on at a step: what was written after it is removed, and before the first one, all is."""
+        self.samples, self.images = samples, data.test[pick_test_images(data.test_labels)]
+        self.originals = self.images[: max(COLUMNS, len(np.unique(data.test_labels)))] / np.float32(255)
+        self.losses = cut_events(logs / "train", step)
+        self.tests = cut_events(logs / "test", step + 1 if step else 0)
+        self.train, self.test = (tf.summary.create_file_writer(str(logs / kind)) for kind in ("train", "test"))
+
+    def grid(self, step: int) -> Path:
+        """Return the path of a step's picture."""
+        return self.samples / f"step_{step:05}.png"
+
+    def describe(self, autoencoder: keras.Model, config: dict[str, Any]) -> None:
+        """Write the model's graph and the settings."""
+        with self.train.as_default(step=0):
             forward = tf.function(autoencoder, autograph=False)
             tf.summary.graph(forward.get_concrete_function(tf.TensorSpec((None, *IMAGE_SHAPE))).graph)
             rows = [f"| {key} | {value} |" for key, value in config.items()]
             tf.summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
-        test_images = data.test[pick_test_images(data.test_labels)]
-        shown = test_images[: max(COLUMNS, len(np.unique(data.test_labels)))]
-        losses, tests, grids, seconds = [], {}, {}, 0.0
-        pictured = itertools.chain(range(0, settings.steps, settings.sample_every), [settings.steps])
-        layout = "{n}/{total} |{bar}|{postfix}, {remaining} left"
-        bar = tqdm(total=settings.steps, bar_format=layout, disable=not sys.stdout.isatty(), file=sys.stdout)
-        for first, step in itertools.pairwise(itertools.chain([0], pictured)):
-            if step:
-                called = time.perf_counter()
-                losses.append(train_steps(first, step).numpy())
-                seconds += time.perf_counter() - called
-            reconstructions, squared_error, psnr = (value.numpy() for value in evaluate(autoencoder, test_images))
-            tests[step] = float(squared_error.mean()) / PIXELS
-            title = f"step {step:,}    test loss {tests[step]:.4f}"
-            grid = draw_grid(shown / np.float32(255), reconstructions[: len(shown)], title)
-            grids[step] = samples / f"step_{step:05}.png"
-            write_whole(grids[step], grid.save)
-            with writers[1].as_default(step=step):
-                tf.summary.scalar("loss", tests[step])
-                tf.summary.scalar("psnr", psnr.mean())
-                tf.summary.image("reconstructions", np.asarray(grid)[None, ..., None])
-            for writer in writers:
-                writer.flush()
-            report = f"test loss {tests[step]:.4f}"
-            if step:
-                report = f"loss {losses[-1].mean():.4f}  {report}  {1e3 * seconds / step:.2f} ms a step"
-            bar.set_postfix_str(report, refresh=False)
-            bar.update(step - first)
-            if bar.disable:
-                print(f"step {step:6,}  {report}", flush=True)
-        bar.close()
+    def look(self, autoencoder: keras.Model, step: int) -> None:
+        """Write the test figures and the picture of the model after `step` updates."""
+        reconstructions, squared_error, psnr = (value.numpy() for value in evaluate(autoencoder, self.images))
+        self.tests[step] = squared_error.mean() / PIXELS
+        title = f"step {step:,}    test loss {self.tests[step]:.4f}"
+        grid = draw_grid(self.originals, reconstructions[: len(self.originals)], title)
+        write_whole(self.grid(step), grid.save)
+        with self.test.as_default(step=step):
+            tf.summary.scalar("loss", self.tests[step])
+            tf.summary.scalar("psnr", psnr.mean())
+            tf.summary.image("reconstructions", np.asarray(grid)[None, ..., None])
+        self.flush()
 
-        draw_summary(samples / "summary.png", np.concatenate(losses), tests, grids)
+    def flush(self) -> None:
+        """Have TensorBoard see all that has been written."""
+        self.train.flush()
+        self.test.flush()
+
+
+def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) -> dict[str, Any]:
+    """Train an autoencoder, write all that a run writes (see the README), and return what metrics.json holds.
+
+    Args:
+        settings: what to train; with `resume`, what read_config gave of a run, to go on from its last checkpoint.
+        resume: whether to go on with a run instead of beginning one.
+        stop: once this is not empty, training saves a checkpoint and stops.
+
+    Raises SettingsError, ConnectionError for data that cannot be downloaded, OSError for a file that cannot be
+    written, FloatingPointError for a loss that is not finite, KeyboardInterrupt for `stop`.
+    """
+    started = time.perf_counter()
+    device = set_up_tensorflow(settings)
+    settings = dataclasses.replace(settings, run_name=settings.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    logs, samples = settings.folders
+    needed = read_config(str(logs))[1]["training_images"] if resume else None
+    data = load_data(settings, needed)
+    if resume and len(data.train) != needed:
+        raise SettingsError(f"{logs} has trained on {needed:,} images, and {len(data.train):,} are to be had now")
+    used = f"{len(data.train):,} training and {len(data.test):,} test images: {data.source}"
+    versions = {"python": sys.version.split()[0], "tensorflow": tf.__version__, "keras": keras.__version__}
+    config = dataclasses.asdict(settings) | {"data": used, "training_images": len(data.train)} | versions
+    if not resume:
+        make_run(settings, config)
+    with filelock.FileLock(logs / ".lock", timeout=0), tf.device(device):
+        autoencoder = build_autoencoder()
+        optimizer = Adam([variable.value for variable in autoencoder.trainable_variables], settings.learning_rate)
+        saved = {"step": tf.Variable(0, dtype=tf.int64), "spent": tf.Variable([0.0, 0.0], dtype=tf.float64)}
+        checkpoint = tf.train.Checkpoint(optimizer=optimizer, **saved)
+        if resume:
+            restore(checkpoint, logs / "checkpoints")
+            if saved["step"] > settings.steps:
+                raise SettingsError(f"{logs} has {int(saved['step'])} steps behind it; --steps must be more")
+            with contextlib.suppress(FileNotFoundError):
+                metrics = json.loads((logs / "metrics.json").read_text())
+                if metrics["steps"] == settings.steps:
+                    print(f"{logs} has its {settings.steps:,} steps behind it: nothing is left to do")
+                    return metrics
+            write_json(logs / "config.json", config)
+            print(f"resumes  {logs} at step {int(saved['step']):,}")
+        print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
+        print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
+        step, (looped, before) = int(saved["step"]), saved["spent"].numpy()
+        record = Record(logs, samples, data, step)
+        if step == 0:
+            record.describe(autoencoder, config)
+        manager = tf.train.CheckpointManager(checkpoint, str(logs / "checkpoints"), max_to_keep=3)
+        train_steps = make_train_steps(autoencoder, optimizer, data.train, settings, record.train)
+        bar = tqdm(total=settings.steps, initial=step, disable=not sys.stdout.isatty(), file=sys.stdout)
+        bar.bar_format = "{n}/{total} |{bar}|{postfix}, {remaining} left"
+        recent = []
+        while True:
+            if step not in record.tests and (step % settings.sample_every == 0 or step == settings.steps):
+                record.look(autoencoder, step)
+                report = f"test loss {record.tests[step]:.4f}"
+                if recent:
+                    report = f"loss {np.mean(recent):.4f}  {report}  {1e3 * looped / step:.2f} ms a step"
+                recent = []
+                bar.set_postfix_str(report, refresh=False)
+                bar.update(step - bar.n)
+                if bar.disable:
+                    print(f"step {step:6,}  {report}", flush=True)
+            ends = len(stop) > 0 or step == settings.steps
+            if step and (ends or step % settings.checkpoint_every == 0):
+                record.flush()  # what is before a checkpoint must not be lost with what is after it
+                saved["step"].assign(step)
+                saved["spent"].assign([looped, before + time.perf_counter() - started])
+                manager.save(checkpoint_number=step)
+            if ends:
+                break
+            following = (step - step % every + every for every in (settings.sample_every, settings.checkpoint_every))
+            last, called = min(settings.steps, *following), time.perf_counter()
+            losses = train_steps(step, last).numpy()
+            looped += time.perf_counter() - called
+            if not np.isfinite(losses).all():
+                wrong = step + int(np.argmin(np.isfinite(losses)))
+                raise FloatingPointError(f"the loss at step {wrong} is not finite; try a lower --learning-rate")
+            record.losses.update(zip(range(step, last), losses, strict=True))
+            recent.extend(losses)
+            step = last
+        bar.close()
+        if step < settings.steps:
+            run = logs.name if settings.log_dir == Settings.log_dir else logs
+            raise KeyboardInterrupt(f"stopped at step {step:,}; to go on: python train_ae.py --resume {run}")
+
+        write_whole(samples / "summary.png", lambda part: draw_summary(record).savefig(part, dpi=100))
         write_whole(logs / "autoencoder.keras", autoencoder.save)
         metrics = final_figures(autoencoder, data.test)
-    timing = {"ms_per_step": 1e3 * seconds / settings.steps, "seconds": time.perf_counter() - started}
-    metrics |= {"steps": settings.steps, **timing, "data": used}
+    timing = {"ms_per_step": 1e3 * looped / step, "seconds": before + time.perf_counter() - started}
+    metrics |= {"steps": step, **timing, "data": used}
     write_json(logs / "metrics.json", metrics)
     for key, value in metrics.items():
         print(f"{key:<30} {f'{value:.6g}' if isinstance(value, float) else value}")
@@ -493,24 +628,53 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 # --- the command line ---
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as a command line says; return the exit status: 0, 1 for a failed run, 2 for a bad call, 130 for Ctrl-C."""
+def watch_signals() -> list[int]:
+    """Return a list that is empty until Ctrl-C or SIGTERM, and then holds the signal; a second one ends the process."""
+    caught: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # written to at once, while a handler has to wait for the compiled call
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def watch() -> None:
+        caught.extend(os.read(reader, 1))
+        os._exit(128 + os.read(reader, 1)[0])
+
+    threading.Thread(target=watch, daemon=True).start()
+    return caught
+
+
+def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> int:
+    """Train as a command line says; return the exit status: 0, 1 for a failed run, 2 for a bad call, 128 + a signal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the usage above it
     for field in dataclasses.fields(Settings):
         flag, kind = "--" + field.name.replace("_", "-"), field.type if field.type in (int, float) else str
-        text = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
-        parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
+        text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+    text = "name of a run to go on with; only --steps and --device may be given too"
+    parser.add_argument("--resume", metavar="RUN", help=text)
+    given = vars(parser.parse_args(arguments))
+    run = given.pop("resume")
     try:
-        train(Settings(**vars(parser.parse_args(arguments))))
-    except (SettingsError, OSError, tf.errors.OpError) as error:
-        print(f"{parser.prog}: {first_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped", file=sys.stderr)
-        return 130
+        if run is None:
+            settings = Settings(**given)
+        elif other := given.keys() - {"steps", "device"}:
+            raise SettingsError(f"--resume keeps the settings of the run; leave out --{min(other).replace('_', '-')}")
+        else:
+            settings = dataclasses.replace(read_config(run)[0], **given)
+        train(settings, resume=run is not None, stop=stop)
+    except (SettingsError, KeyboardInterrupt, FloatingPointError, OSError, tf.errors.OpError) as error:
+        locked = isinstance(error, filelock.Timeout)
+        print(
+            f"{parser.prog}: {'another process is training this run' if locked else first_line(error)}", file=sys.stderr
+        )
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + (stop[0] if stop else signal.SIGINT)
+        return 2 if locked or isinstance(error, SettingsError) else 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=watch_signals()))

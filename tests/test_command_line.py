@@ -108,7 +108,7 @@ def test_name_that_exists_is_refused(taken, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / taken / "x").mkdir(parents=True)
     assert main(["--run-name", "x"]) == 2
-    assert f"{taken}/x" in (error := capsys.readouterr().err) and "a run of this name" in error
+    assert f"{taken}/x" in (error := capsys.readouterr().err) and "a run named x" in error
     assert list(tmp_path.rglob("x")) == [tmp_path / taken / "x"]
 
 

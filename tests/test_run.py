@@ -54,7 +54,9 @@ def test_default_run_writes_every_file(default_run):
     names = [f"step_{step:05}.png" for step in range(0, 3001, 50)]
     assert sorted(path.name for path in default_run.samples.iterdir()) == [*names, "summary.png"]
     assert sorted(path.name for path in default_run.logs.iterdir()) == [
+        ".lock",
         "autoencoder.keras",
+        "checkpoints",
         "config.json",
         "metrics.json",
         "test",
@@ -69,6 +71,7 @@ def test_config_holds_every_setting_and_the_versions(short_run):
     expected = {field.name: field.default for field in train_ae.dataclasses.fields(train_ae.Settings)}
     expected |= {"steps": 120, "run_name": "short", "python": platform.python_version()}
     expected |= {"tensorflow": tf.__version__, "keras": keras.__version__}
+    assert config.pop("training_images") == 4000
     assert config.pop("data") == short_run.json("metrics.json")["data"]
     assert config == expected
 
