@@ -373,8 +373,8 @@ def draw_summary(record: "Record") -> Figure:
     window, thin = min(50, len(losses)), len(losses) // 4000 + 1  # a long curve takes memory, and shows no more
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     steps = np.arange(len(losses))
-    curves.semilogy(steps[::thin], losses[::thin], color="tab:blue", alpha=0.25, linewidth=0.5, label="training, each")
-    curves.semilogy(steps[window - 1 :: thin], smooth[::thin], color="tab:blue", label=f"training, mean of {window}")
+    curves.semilogy(steps[::thin], losses[::thin], "tab:blue", alpha=0.25, linewidth=0.5, label="training, each step")
+    curves.semilogy(steps[window - 1 :: thin], smooth[::thin], "tab:blue", label=f"training, mean of {window} steps")
     curves.semilogy(list(record.tests), list(record.tests.values()), color="tab:orange", label="test")
     curves.set(xlabel="step", ylabel="loss", title="Squared error")
     curves.grid(alpha=0.3)
