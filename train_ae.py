@@ -12,6 +12,10 @@ convolutions draw it again, and Adam lowers the squared error between the two. T
 
 import gc
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run just ends the process
 
 # These have to be set before TensorFlow is imported. On a batch of one, oneDNN makes a step four times slower.
 # TensorFlow's own log says little here that does not reach Python as an exception too. The garbage collector would
@@ -28,7 +32,6 @@ import itertools
 import json
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -88,8 +91,8 @@ class Settings:
             value, least = getattr(self, field.name), field.metadata["least"]
             if least is not None and not (isinstance(value, (int, field.type)) and least <= value < 2**31):
                 kind = "whole number" if field.type is int else "number"
-                name = field.name.replace("_", " ")
-                raise SettingsError(f"the {name} must be a {kind} from {least} to {2**31 - 1}, not {value}")
+                flag = "--" + field.name.replace("_", "-")
+                raise SettingsError(f"{flag} must be a {kind} from {least} to {2**31 - 1}, not {value}")
         if self.device not in ("auto", "cpu", "gpu"):
             raise SettingsError(f"the device must be auto, cpu or gpu, not {self.device}")
         if self.run_name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", self.run_name, re.ASCII):
@@ -167,7 +170,7 @@ def load_tfds(name: str, data_dir: str | None, needed: int) -> Data:
     return Data(train, test["image"].numpy(), labels, f"{builder.info.full_name} from {builder.data_dir}")
 
 
-def answers(url: str, seconds: float = 4) -> bool:
+def answers(url: str, seconds: float = 3) -> bool:
     """Return whether a server answers at `url` within `seconds`."""
     answered = []
 
@@ -339,7 +342,7 @@ def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file of indented JSON."""
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2, default=str) + "\n"))
 
 
 def grid_row(row: int) -> tuple[int, int, int, int]:
@@ -369,7 +372,7 @@ def draw_summary(record: "Record") -> Figure:
     losses = np.array(list(record.losses.values()), np.float32)
     figure = Figure(figsize=(13, 5))
     curves, digits = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    figure.subplots_adjust(0.06, 0.1, 0.99, 0.93, wspace=0.18)
+    figure.subplots_adjust(0.08, 0.1, 0.99, 0.93, wspace=0.18)
     window, thin = min(50, len(losses)), len(losses) // 4000 + 1  # a long curve takes memory, and shows no more
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     steps = np.arange(len(losses))
@@ -379,7 +382,8 @@ def draw_summary(record: "Record") -> Figure:
     curves.set(xlabel="step", ylabel="loss", title="Squared error")
     curves.grid(alpha=0.3)
     curves.legend()
-    steps = np.array(list(record.tests))[np.unique(np.geomspace(1, len(record.tests), 8).astype(int) - 1)]
+    steps = np.array([step for step in record.tests if record.grid(step).exists()])  # somebody may have removed some
+    steps = steps[np.unique(np.geomspace(1, len(steps), 8).astype(int) - 1)]
     pictures = [Image.open(record.grid(step)) for step in steps]
     strips = [pictures[0].crop(grid_row(0)), *(picture.crop(grid_row(1)) for picture in pictures)]
     digits.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255)
@@ -418,6 +422,7 @@ def make_run(logs: Path, samples: Path, config: dict[str, Any]) -> None:
     Raises SettingsError for a name that is taken and for a folder that cannot be written.
     """
     part = logs.with_name(f".part-{logs.name}-{os.getpid()}")
+    absent = [path for folder in (logs, samples) for path in folder.parents if not path.exists()]
     if logs.exists() or samples.exists():
         raise SettingsError(f"there is a run named {logs.name} in {logs} or {samples}; name another, or --resume it")
     try:
@@ -427,6 +432,9 @@ def make_run(logs: Path, samples: Path, config: dict[str, Any]) -> None:
         part.replace(logs)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
+        for path in absent:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise SettingsError(f"{logs} and {samples} cannot be made: {error.strerror}") from error
 
 
@@ -436,6 +444,7 @@ def read_config(run: str) -> tuple[Settings, dict[str, Any]]:
     Raises SettingsError where there is no such run, OSError for a config.json that is damaged.
     """
     path = Path(run if Path(run, "config.json").exists() else Path(Settings.log_dir, run), "config.json")
+    name = path.parent.resolve().name  # also where the folder is given as "."
     try:
         config = json.loads(path.read_text())
         settings = Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
@@ -443,7 +452,9 @@ def read_config(run: str) -> tuple[Settings, dict[str, Any]]:
         raise SettingsError(f"there is no run to resume in {path.parent}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is damaged ({first_line(error)}); the run cannot be resumed without it") from error
-    return dataclasses.replace(settings, log_dir=str(path.parent.parent), run_name=path.parent.name), config
+    return dataclasses.replace(
+        settings, log_dir=str(path.parent / ".." if name != path.parent.name else path.parent.parent), run_name=name
+    ), config
 
 
 def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> None:
@@ -559,6 +570,8 @@ def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) ->
             restore(checkpoint, logs / "checkpoints")
             if saved["step"] > settings.steps:
                 raise SettingsError(f"{logs} has {int(saved['step'])} steps behind it; --steps must be more")
+            if not samples.is_dir() or (saved["step"] > 0 and not any(samples.glob("step_*.png"))):
+                raise SettingsError(f"{samples} does not hold the run's pictures; resume it where it began")
             with contextlib.suppress(FileNotFoundError):
                 metrics = json.loads((logs / "metrics.json").read_text())
                 if metrics["steps"] == settings.steps:
@@ -568,14 +581,14 @@ def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) ->
             print(f"resumes  {logs} at step {int(saved['step']):,}")
         print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
         print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
-        step, (looped, before) = int(saved["step"]), saved["spent"].numpy()
+        step, (looped, before) = int(saved["step"]), saved["spent"].numpy().tolist()
         record = Record(logs, samples, data, step)
         if step == 0:
             record.describe(autoencoder, config)
         manager = tf.train.CheckpointManager(checkpoint, str(logs / "checkpoints"), max_to_keep=3)
         train_steps = make_train_steps(autoencoder, optimizer, data.train, settings, record.train)
-        bar = tqdm(total=settings.steps, initial=step, disable=not sys.stdout.isatty(), file=sys.stdout)
-        bar.bar_format = "{n}/{total} |{bar}|{postfix}, {remaining} left"
+        layout = {"bar_format": "{n}/{total} |{bar}|{postfix}, {remaining} left", "file": sys.stdout}
+        bar = tqdm(total=settings.steps, initial=step, disable=not sys.stdout.isatty(), **layout)
         recent = []
         while True:
             if step not in record.tests and (step % settings.sample_every == 0 or step == settings.steps):
@@ -607,7 +620,7 @@ def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) ->
             recent.extend(losses)
             step = last
         bar.close()
-        if step < settings.steps:
+        if stop:
             run = logs.name if settings.log_dir == Settings.log_dir else logs
             raise KeyboardInterrupt(f"stopped at step {step:,}; to go on: python train_ae.py --resume {run}")
 

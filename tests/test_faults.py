@@ -387,3 +387,33 @@ def test_empty_data_folder_falls_back_to_the_shipped_digits(tmp_path, monkeypatc
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     assert len(train_ae.load_data(Settings(steps=4001, data_dir=str(tmp_path))).train) == 4000
     assert "4,000 digits shipped" in capsys.readouterr().out
+
+
+def test_run_is_resumed_from_within_its_folder_and_refused_where_its_pictures_are_not(run, monkeypatch, capsys):
+    elsewhere = run.cwd / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["--resume", "../logs/x", "--steps", "150"]) == 2
+    assert "pictures" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    monkeypatch.chdir(run.logs)
+    assert main(["--resume", "."]) == 2  # the run is found; its pictures are elsewhere from here
+    assert "pictures" in capsys.readouterr().err
+    monkeypatch.chdir(run.cwd)
+    (run.samples / "step_00000.png").unlink()
+    assert main(["--resume", "x", "--steps", "150"]) == 0
+    assert (run.samples / "summary.png").exists() and (run.samples / "step_00150.png").exists()
+
+
+def test_ctrl_c_during_the_imports_gives_no_traceback(tmp_path):
+    process = start("--run-name", "x", cwd=tmp_path)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in error
+
+
+def test_settings_take_paths(tmp_path):
+    folders = {"log_dir": tmp_path / "l", "sample_dir": tmp_path / "s"}
+    train_ae.train(Settings(steps=2, run_name="x", **folders))
+    assert json.loads((tmp_path / "l/x/config.json").read_text())["log_dir"] == str(tmp_path / "l")
