@@ -438,23 +438,24 @@ def make_run(logs: Path, samples: Path, config: dict[str, Any]) -> None:
         raise SettingsError(f"{logs} and {samples} cannot be made: {error.strerror}") from error
 
 
-def read_config(run: str) -> tuple[Settings, dict[str, Any]]:
-    """Return the settings and the rest of config.json of a run, given as its name in logs/ or as its folder of logs.
+def read_config(run: str) -> tuple[Settings, int]:
+    """Return the settings of a run and its number of training images; `run` is its name in logs/ or its folder of logs.
 
     Raises SettingsError where there is no such run, OSError for a config.json that is damaged.
     """
-    path = Path(run if Path(run, "config.json").exists() else Path(Settings.log_dir, run), "config.json")
-    name = path.parent.resolve().name  # also where the folder is given as "."
+    folder = Path(run) if Path(run, "config.json").exists() else Path(Settings.log_dir, run)
+    if folder.name != folder.resolve().name:  # as in "."
+        folder = folder.resolve()
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
         settings = Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
+        images = int(config["training_images"])
     except FileNotFoundError:
-        raise SettingsError(f"there is no run to resume in {path.parent}") from None
+        raise SettingsError(f"there is no run to resume in {folder}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is damaged ({first_line(error)}); the run cannot be resumed without it") from error
-    return dataclasses.replace(
-        settings, log_dir=str(path.parent / ".." if name != path.parent.name else path.parent.parent), run_name=name
-    ), config
+    return dataclasses.replace(settings, log_dir=str(folder.parent), run_name=folder.name), images
 
 
 def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> None:
@@ -537,12 +538,12 @@ class Record:
         self.test.flush()
 
 
-def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) -> dict[str, Any]:
+def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = ()) -> dict[str, Any]:
     """Train an autoencoder, write all that a run writes (see the README), and return what metrics.json holds.
 
     Args:
-        settings: what to train; with `resume`, what read_config gave of a run, to go on from its last checkpoint.
-        resume: whether to go on with a run instead of beginning one.
+        settings: what to train; of a run that is to go on from its last checkpoint, those that read_config gives.
+        resume: the number of training images of that run, as read_config gives it; None begins a new run.
         stop: once this is not empty, training saves a checkpoint and stops.
 
     Raises SettingsError, ConnectionError for data that cannot be downloaded, OSError for a file that cannot be
@@ -552,10 +553,9 @@ def train(settings: Settings, resume: bool = False, stop: Sequence[int] = ()) ->
     device = set_up_tensorflow(settings)
     settings = dataclasses.replace(settings, run_name=settings.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     logs, samples = Path(settings.log_dir, settings.run_name), Path(settings.sample_dir, settings.run_name)
-    needed = read_config(str(logs))[1]["training_images"] if resume else None
-    data = load_data(settings, needed)
-    if resume and len(data.train) != needed:
-        raise SettingsError(f"{logs} has trained on {needed:,} images, and {len(data.train):,} are to be had now")
+    data = load_data(settings, resume)
+    if resume and len(data.train) != resume:
+        raise SettingsError(f"{logs} has trained on {resume:,} images, and {len(data.train):,} are to be had now")
     used = f"{len(data.train):,} training and {len(data.test):,} test images: {data.source}"
     versions = {"python": sys.version.split()[0], "tensorflow": tf.__version__, "keras": keras.__version__}
     config = dataclasses.asdict(settings) | {"data": used, "training_images": len(data.train)} | versions
@@ -664,15 +664,16 @@ def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> in
     text = "name of a run to go on with; only --steps and --device may be given too"
     parser.add_argument("--resume", metavar="RUN", help=text)
     given = vars(parser.parse_args(arguments))
-    run = given.pop("resume")
+    run, images = given.pop("resume"), None
     try:
         if run is None:
             settings = Settings(**given)
         elif other := given.keys() - {"steps", "device"}:
             raise SettingsError(f"--resume keeps the settings of the run; leave out --{min(other).replace('_', '-')}")
         else:
-            settings = dataclasses.replace(read_config(run)[0], **given)
-        train(settings, resume=run is not None, stop=stop)
+            settings, images = read_config(run)
+            settings = dataclasses.replace(settings, **given)
+        train(settings, resume=images, stop=stop)
     except (SettingsError, KeyboardInterrupt, FloatingPointError, OSError, tf.errors.OpError) as error:
         locked = isinstance(error, filelock.Timeout)
         print(

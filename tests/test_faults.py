@@ -188,6 +188,16 @@ def test_damaged_config_is_an_error_that_names_it(content, run, capsys):
     assert str(Path("logs", "x", "config.json")) in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("key", ["training_images", "seed", "sample_dir"])
+def test_config_without_a_key_is_an_error_that_names_both(key, run, capsys):
+    config = run.json("config.json")
+    del config[key]
+    (run.logs / "config.json").write_text(json.dumps(config))
+    assert main(["--resume", "x"]) == 1
+    error = capsys.readouterr().err
+    assert str(Path("logs", "x", "config.json")) in error and key in error and len(error.splitlines()) == 1
+
+
 def test_finished_run_has_nothing_left_to_do(run, capsys):
     def times():
         return {path: path.stat().st_mtime_ns for path in run.cwd.rglob("*.*") if path.name != ".lock"}
