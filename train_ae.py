@@ -35,7 +35,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,11 @@ def setting(default: Any, help: str, least: float | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
+def flag(name: str) -> str:
+    """Return a setting's name on the command line: `--batch-size` for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting of a run. Raises SettingsError for a value out of its range."""
@@ -91,8 +96,7 @@ class Settings:
             value, least = getattr(self, field.name), field.metadata["least"]
             if least is not None and not (isinstance(value, (int, field.type)) and least <= value < 2**31):
                 kind = "whole number" if field.type is int else "number"
-                flag = "--" + field.name.replace("_", "-")
-                raise SettingsError(f"{flag} must be a {kind} from {least} to {2**31 - 1}, not {value}")
+                raise SettingsError(f"{flag(field.name)} must be a {kind} from {least} to {2**31 - 1}, not {value}")
         if self.device not in ("auto", "cpu", "gpu"):
             raise SettingsError(f"the device must be auto, cpu or gpu, not {self.device}")
         if self.run_name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", self.run_name, re.ASCII):
@@ -458,6 +462,20 @@ def read_config(run: str) -> tuple[Settings, int]:
     return dataclasses.replace(settings, log_dir=str(folder.parent), run_name=folder.name), images
 
 
+@contextlib.contextmanager
+def only_process(logs: Path) -> Iterator[None]:
+    """Keep other processes from a run; raises SettingsError where one has it. The lock ends with the process."""
+    lock = filelock.FileLock(logs / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SettingsError("another process is training this run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> None:
     """Restore the newest checkpoint that is whole, if one was ever finished; raises OSError where all are damaged."""
     found = {int(match[1]) for path in folder.glob("ckpt-*") if (match := re.match(r"ckpt-(\d+)\.", path.name))}
@@ -561,16 +579,18 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
     config = dataclasses.asdict(settings) | {"data": used, "training_images": len(data.train)} | versions
     if not resume:
         make_run(logs, samples, config)
-    with filelock.FileLock(logs / ".lock", timeout=0), tf.device(device):
+    with only_process(logs), tf.device(device):
         autoencoder = build_autoencoder()
         optimizer = Adam([variable.value for variable in autoencoder.trainable_variables], settings.learning_rate)
         saved = {"step": tf.Variable(0, dtype=tf.int64), "spent": tf.Variable([0.0, 0.0], dtype=tf.float64)}
         checkpoint = tf.train.Checkpoint(optimizer=optimizer, **saved)
         if resume:
             restore(checkpoint, logs / "checkpoints")
-            if saved["step"] > settings.steps:
-                raise SettingsError(f"{logs} has {int(saved['step'])} steps behind it; --steps must be more")
-            if not samples.is_dir() or (saved["step"] > 0 and not any(samples.glob("step_*.png"))):
+        step, (looped, before) = int(saved["step"]), saved["spent"].numpy().tolist()
+        if resume:
+            if step > settings.steps:
+                raise SettingsError(f"{logs} has {step} steps behind it; --steps must be more")
+            if not samples.is_dir() or (step > 0 and not any(samples.glob("step_*.png"))):
                 raise SettingsError(f"{samples} does not hold the run's pictures; resume it where it began")
             with contextlib.suppress(FileNotFoundError):
                 metrics = json.loads((logs / "metrics.json").read_text())
@@ -578,10 +598,9 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
                     print(f"{logs} has its {settings.steps:,} steps behind it: nothing is left to do")
                     return metrics
             write_json(logs / "config.json", config)
-            print(f"resumes  {logs} at step {int(saved['step']):,}")
+            print(f"resumes  {logs} at step {step:,}")
         print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
         print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
-        step, (looped, before) = int(saved["step"]), saved["spent"].numpy().tolist()
         record = Record(logs, samples, data, step)
         if step == 0:
             record.describe(autoencoder, config)
@@ -658,9 +677,10 @@ def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> in
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the usage above it
     for field in dataclasses.fields(Settings):
-        flag, kind = "--" + field.name.replace("_", "-"), field.type if field.type in (int, float) else str
+        kind = field.type if field.type in (int, float) else str
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+        options = {"default": argparse.SUPPRESS, "metavar": kind.__name__.upper(), "help": text}
+        parser.add_argument(flag(field.name), type=kind, **options)
     text = "name of a run to go on with; only --steps and --device may be given too"
     parser.add_argument("--resume", metavar="RUN", help=text)
     given = vars(parser.parse_args(arguments))
@@ -669,19 +689,16 @@ def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> in
         if run is None:
             settings = Settings(**given)
         elif other := given.keys() - {"steps", "device"}:
-            raise SettingsError(f"--resume keeps the settings of the run; leave out --{min(other).replace('_', '-')}")
+            raise SettingsError(f"--resume keeps the settings of the run; leave out {flag(min(other))}")
         else:
             settings, images = read_config(run)
             settings = dataclasses.replace(settings, **given)
         train(settings, resume=images, stop=stop)
     except (SettingsError, KeyboardInterrupt, FloatingPointError, OSError, tf.errors.OpError) as error:
-        locked = isinstance(error, filelock.Timeout)
-        print(
-            f"{parser.prog}: {'another process is training this run' if locked else first_line(error)}", file=sys.stderr
-        )
+        print(f"{parser.prog}: {first_line(error)}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + (stop[0] if stop else signal.SIGINT)
-        return 2 if locked or isinstance(error, SettingsError) else 1
+        return 2 if isinstance(error, SettingsError) else 1
     return 0
 
 
