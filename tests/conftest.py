@@ -14,9 +14,14 @@ import train_ae
 ROOT = Path(train_ae.__file__).resolve().parent
 
 
+def words(*arguments):
+    """Return the words of a call of the script."""
+    return [sys.executable, str(ROOT / "train_ae.py"), *map(str, arguments)]
+
+
 def call(*arguments, cwd, env=(), prefix=()):
     """Run the script as a user does; return the finished process."""
-    command = [*prefix, sys.executable, str(ROOT / "train_ae.py"), *map(str, arguments)]
+    command = [*prefix, *words(*arguments)]
     return subprocess.run(command, cwd=cwd, env=os.environ | dict(env), capture_output=True, text=True, timeout=300)
 
 

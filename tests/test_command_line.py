@@ -12,7 +12,7 @@ import termios
 
 import pytest
 import tensorflow as tf
-from conftest import ROOT, call
+from conftest import call, words
 
 from train_ae import Settings, SettingsError, main, train
 
@@ -121,11 +121,10 @@ def test_failed_run_ends_with_status_1_and_one_line(tmp_path, monkeypatch, capsy
 
 def test_terminal_shows_one_progress_bar(tmp_path):
     """A terminal gets a bar with losses and ms a step, and none of the plain lines."""
-    script, end = str(ROOT / "train_ae.py"), ["--steps", "120", "--run-name", "bar"]
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(tmp_path)
-        os.execv(sys.executable, [sys.executable, script, *end])
+        os.execv(sys.executable, words("--steps", 120, "--run-name", "bar"))
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     shown = b""
     try:

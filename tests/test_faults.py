@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Run, call
+from conftest import Run, call, words
 from events import read, scalars
 from hypothesis import HealthCheck, example, given, settings, strategies
 from test_data import prepare
@@ -32,19 +31,20 @@ DAMAGE = {
 }
 
 
-def start(*arguments, cwd, **options):
+def start(*arguments, cwd):
     """Start the script; return the process, its output a pipe."""
-    command = [sys.executable, str(ROOT / "train_ae.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(words(*arguments), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def weights(folder):
-    return keras.models.load_model(Path(folder) / "autoencoder.keras").get_weights()
+def wait_for(process, step):
+    """Read a process's lines until it tells of a step."""
+    begin = f"step {step:6}"
+    assert any(line.startswith(begin) for line in process.stdout), process.stderr.read()
 
 
 def assert_same_run(one, other):
     """Assert that two runs have the same weights, figures, pictures and curves, to the bit."""
-    for ours, theirs in zip(weights(one.logs), weights(other.logs), strict=True):
+    for ours, theirs in zip(one.weights(), other.weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     metrics = [run.json("metrics.json") for run in (one, other)]
     for found in metrics:
@@ -106,8 +106,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_left_alone(undisturbed, tmp_p
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_signal_saves_and_says_how_to_go_on(number, status, undisturbed, tmp_path):
     process = start("--run-name", "x", *SHORT, cwd=tmp_path)
-    while not process.stdout.readline().startswith("step     50"):
-        pass
+    wait_for(process, 50)
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == status
@@ -124,8 +123,7 @@ def test_stop_signal_saves_and_says_how_to_go_on(number, status, undisturbed, tm
 def test_second_ctrl_c_stops_at_once(tmp_path):
     big = ("--batch-size", 2000, "--steps", 1000, "--dataset", "mnist_5k", "--run-name", "x")  # minutes in each call
     process = start(*big, cwd=tmp_path)
-    while not process.stdout.readline().startswith("step      0"):
-        pass
+    wait_for(process, 0)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -143,7 +141,7 @@ def stopped(tmp_path_factory):
     longer = tmp_path_factory.mktemp("longer")
     shutil.copytree(folder, longer, dirs_exist_ok=True)
     assert call("--resume", "x", "--steps", 150, cwd=longer).returncode == 0
-    return folder, weights(longer / "logs" / "x")
+    return folder, Finished(longer, "x").weights()
 
 
 @pytest.fixture
@@ -160,7 +158,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(damage, part, run, stopp
     assert main(["--resume", "x", "--steps", "150"]) == 0
     said = capsys.readouterr().out
     assert "ckpt-120 is damaged" in said and "at step 100" in said
-    for ours, theirs in zip(weights(run.logs), stopped[1], strict=True):
+    for ours, theirs in zip(run.weights(), stopped[1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(scalars(run.logs / "train", "loss")[0], np.arange(150))
 
@@ -221,8 +219,7 @@ def test_resume_takes_steps_and_device_alone(run, capsys):
 
 def test_run_killed_before_its_first_checkpoint_begins_again(undisturbed, tmp_path):
     process = start("--run-name", "x", *SHORT, cwd=tmp_path)
-    while not process.stdout.readline().startswith("step      0"):
-        pass
+    wait_for(process, 0)
     process.kill()
     process.communicate()
     again = call("--resume", "x", cwd=tmp_path)
@@ -245,8 +242,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
 def test_second_process_is_refused_while_the_first_lives(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first = start("--run-name", "x", "--steps", 10**6, "--dataset", "mnist_5k", cwd=tmp_path)
-    while not first.stdout.readline().startswith("step      0"):
-        pass
+    wait_for(first, 0)
     assert main(["--resume", "x"]) == 2
     assert "another process" in capsys.readouterr().err
     assert first.poll() is None
@@ -278,8 +274,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(size, undi
 
 def test_folder_that_goes_away_is_one_line_and_the_run_goes_on_once_it_is_back(undisturbed, tmp_path):
     process = start("--run-name", "x", *SHORT, cwd=tmp_path)
-    while not process.stdout.readline().startswith("step    100"):
-        pass
+    wait_for(process, 100)
     (tmp_path / "samples").rename(tmp_path / "away")
     (tmp_path / "samples").touch()
     _, error = process.communicate()
@@ -309,8 +304,12 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
 def test_memory_does_not_grow_with_the_steps(tmp_path):
     peaks = []
     for steps in (3000, 60_000):
-        command = [sys.executable, "-c", PEAK, str(ROOT / "train_ae.py"), "--steps", str(steps)]
-        command += ["--dataset", "mnist_5k", "--run-name", f"x{steps}"]
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            *words("--steps", steps, "--dataset", "mnist_5k", "--run-name", f"x{steps}"),
+        ]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         peaks.append(int(process.stdout.split()[-1]))
     assert peaks[1] < 1.05 * peaks[0]
@@ -318,7 +317,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
 
 PEAK = """
 import resource, subprocess, sys
-subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
