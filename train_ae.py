@@ -28,8 +28,10 @@ gc.disable()
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -37,7 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import filelock
 import keras
@@ -55,6 +57,7 @@ gc.enable()
 SHIPPED_DIGITS = Path(__file__).resolve().parent / "samples" / "mnist_5k.npz"
 SIZES = (28, 14, 7, 4, 2)  # height and width of the image and of the output of each encoder layer
 CHANNELS = (1, 16, 32, 64, 128)
+LAYERS = len(SIZES) - 1
 IMAGE_SHAPE = (SIZES[0], SIZES[0], CHANNELS[0])
 PIXELS = SIZES[0] ** 2
 
@@ -64,9 +67,15 @@ class SettingsError(ValueError):
     """A setting that cannot be used, with what to do about it."""
 
 
-def setting(default: Any, help: str, least: float | None = None) -> Any:
-    """Return a dataclass field that carries its help line and, for a number, the least that it can be."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+def setting(default: Any, help: str, least: float | None = None, most: float = 2**31 - 1) -> Any:
+    """Return a dataclass field that carries its help line and, for a number, the least and the most it can be."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+def value_type(field: dataclasses.Field) -> Any:
+    """Return the type of a setting's values, without the None that stands for an open default."""
+    kinds = get_args(field.type)
+    return kinds[0] if type(None) in kinds else field.type
 
 
 def flag(name: str) -> str:
@@ -79,26 +88,38 @@ class Settings:
     """Every setting of a run. Raises SettingsError for a value out of its range."""
 
     steps: int = setting(3000, "updates of the weights", 1)
+    epochs: int | None = setting(None, "passes over the training images (default: as --steps says)", 1)
     batch_size: int = setting(1, "images in each step", 1)
     learning_rate: float = setting(0.001, "learning rate of Adam", 1e-9)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate over the run; cosine falls to 0")
+    depth: int = setting(LAYERS, "layers of the encoder, and of the decoder", 1, LAYERS)
+    latent_dim: int | None = setting(
+        None, "numbers in the code of an image (default: all that conv4 puts out)", 1, PIXELS
+    )
+    tied: bool = setting(False, "have each decoder layer use the kernel of its twin in the encoder")
+    pretrain_steps: int = setting(0, "steps for which each pair of layers is trained alone before the whole is", 0)
     sample_every: int = setting(50, "steps from one picture and test figure to the next", 1)
     checkpoint_every: int = setting(500, "steps from one checkpoint to the next", 1)
     seed: int = setting(0, "seed of the initial weights and of the order of the images", 0)
     dataset: str = setting("mnist", "TFDS set of 28x28x1 images, or mnist_5k for the digits shipped with this script")
     data_dir: str | None = setting(None, "folder of TFDS's data sets (default: TFDS_DATA_DIR, else TFDS's own)")
-    device: str = setting("auto", "auto, cpu or gpu; auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "gpu"] = setting("auto", "where to train; auto takes a GPU where there is one")
     run_name: str | None = setting(None, "name of the run and of its folders (default: the date and time)")
     log_dir: str = setting("logs", "folder for TensorBoard events, the trained model and the figures")
     sample_dir: str = setting("samples", "folder for pictures")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            if least is not None and not (isinstance(value, (int, field.type)) and least <= value < 2**31):
-                kind = "whole number" if field.type is int else "number"
-                raise SettingsError(f"{flag(field.name)} must be a {kind} from {least} to {2**31 - 1}, not {value}")
-        if self.device not in ("auto", "cpu", "gpu"):
-            raise SettingsError(f"the device must be auto, cpu or gpu, not {self.device}")
+            value, kind = getattr(self, field.name), value_type(field)
+            least, most = field.metadata["least"], field.metadata["most"]
+            if least is not None and value is not field.default:
+                if not (isinstance(value, (int, kind)) and least <= value <= most):
+                    name = "whole number" if kind is int else "number"
+                    raise SettingsError(f"{flag(field.name)} must be a {name} from {least} to {most}, not {value}")
+            elif (choices := get_args(kind)) and value not in choices:
+                raise SettingsError(f"{flag(field.name)} must be one of {', '.join(choices)}, not {value}")
+        if self.pretrain_steps and self.depth == 1 and not self.latent_dim:
+            raise SettingsError("--pretrain-steps trains pairs of layers one by one: take --depth 2 or a --latent-dim")
         if self.run_name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", self.run_name, re.ASCII):
             raise SettingsError(f"the run name must be 1 to 100 letters, digits, '_', '-', '.', not {self.run_name!r}")
 
@@ -116,10 +137,10 @@ class Data(NamedTuple):
 def load_data(settings: Settings, needed: int | None = None) -> Data:
     """Return the images of a run: those shipped with the script where they are as many as needed, else TFDS's.
 
-    `needed` counts training images; by default they are as many as the steps take. Raises SettingsError for a data
-    set that cannot be used, ConnectionError for one that cannot be downloaded.
+    `needed` counts training images; by default they are as many as the steps take, or all for epochs. Raises
+    SettingsError for a data set that cannot be used, ConnectionError for one that cannot be downloaded.
     """
-    needed = needed or settings.steps * settings.batch_size
+    needed = needed or (sys.maxsize if settings.epochs else settings.steps * settings.batch_size)
     data = None
     if settings.dataset in ("mnist", "mnist_5k"):
         with np.load(SHIPPED_DIGITS) as file:
@@ -206,30 +227,71 @@ def pick_test_images(labels: np.ndarray) -> np.ndarray:
 
 
 # --- model ---
-def build_autoencoder() -> keras.Model:
+@keras.saving.register_keras_serializable("train_ae")
+class TiedAutoencoder(keras.Sequential):
+    """An autoencoder of tied layers, which Keras cannot save one by one: it is saved as its options and its weights."""
+
+    def __init__(self, parts: Sequence[layers.Layer], **options: Any) -> None:
+        super().__init__(parts, name="autoencoder")
+        self.options = options
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options of build_autoencoder."""
+        return dict(self.options)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> keras.Model:
+        """Return the autoencoder that was saved."""
+        return build_autoencoder(**config, tied=True)
+
+
+def tied_to(twin: layers.Layer, kind: type[layers.Layer]) -> type[layers.Layer]:
+    """Return a kind of layer that uses the kernel of its twin instead of one of its own."""
+
+    class Tied(kind):
+        def add_weight(self, *args: Any, name: str | None = None, **options: Any) -> keras.Variable:
+            return twin.kernel if name == "kernel" else super().add_weight(*args, name=name, **options)
+
+    return Tied
+
+
+def build_autoencoder(depth: int = LAYERS, latent_dim: int | None = None, tied: bool = False) -> keras.Model:
     """Return the autoencoder, (batch, 28, 28, 1) float32 in [0, 1] to the same shape in (-1, 1), 194,177 parameters.
 
     Its layers "encoder", to latents (batch, 2, 2, 128), and "decoder", back from them, are models of their own.
+    The article describes what the options change: `depth` is the number of layers in each half; with `latent_dim`,
+    two fully connected layers make latents (batch, latent_dim); `tied` layers of the decoder share the kernels of
+    the encoder.
     """
 
-    def conv(kind: type[layers.Layer], name: str, filters: int, **options: Any) -> layers.Layer:
-        # Keras's leaky ReLU has the article's slope, 0.2. The initialiser is one a layer, since one that is shared
-        # draws the same numbers again.
-        kernel = keras.initializers.TruncatedNormal(stddev=0.02)
-        options |= {"strides": 2, "padding": "same", "activation": "leaky_relu", "kernel_initializer": kernel}
-        return kind(filters, kernel_size=3, name=name, **options)
+    def make(kind: type[layers.Layer], name: str, twin: layers.Layer | None = None, **options: Any) -> layers.Layer:
+        # Keras's leaky ReLU has the article's slope, 0.2. Its initial weights let almost nothing through a code of
+        # few numbers; Glorot and Bengio's (2010) keep the variance from layer to layer. The initialiser is one a
+        # layer, since one that is shared draws the same numbers again.
+        initial = keras.initializers.GlorotUniform() if latent_dim else keras.initializers.TruncatedNormal(stddev=0.02)
+        options = {"name": name, "activation": "leaky_relu", "kernel_initializer": initial} | options
+        return (tied_to(twin, kind) if tied and twin else kind)(**options)
 
-    depth = len(SIZES) - 1
-    encoder = [conv(layers.Conv2D, f"conv{i}", CHANNELS[i]) for i in range(1, depth + 1)]
-    decoder = [  # a transposed convolution can draw 2n or 2n - 1 pixels from n: the padding says which
-        conv(layers.Conv2DTranspose, f"deconv{depth - i}", CHANNELS[i], output_padding=1 - SIZES[i] % 2)
-        for i in reversed(range(depth))
-    ]
-    latent = keras.Input((SIZES[-1], SIZES[-1], CHANNELS[-1]))
+    conv = {"kernel_size": 3, "strides": 2, "padding": "same"}
+    encoder = [make(layers.Conv2D, f"conv{i}", filters=CHANNELS[i], **conv) for i in range(1, depth + 1)]
+    decoder = []
+    for i in reversed(range(depth)):
+        # a transposed convolution can draw 2n or 2n - 1 pixels from n: the padding says which
+        options = {"filters": CHANNELS[i], "output_padding": 1 - SIZES[i] % 2} | conv
+        decoder.append(make(layers.Conv2DTranspose, f"deconv{LAYERS - i}", encoder[i], **options))
+    latent = (SIZES[depth], SIZES[depth], CHANNELS[depth])
+    if latent_dim:
+        encoder += [layers.Flatten(), make(layers.Dense, "code", units=latent_dim, activation=None)]
+        # a Dense layer whose kernel has the shape of its twin's: (values, latent_dim)
+        options = {"equation": "bn,vn->bv", "output_shape": math.prod(latent), "bias_axes": "v"}
+        decoder = [make(layers.EinsumDense, "decode", encoder[-1], **options), layers.Reshape(latent), *decoder]
+        latent = (latent_dim,)
     parts = [
         keras.Sequential([keras.Input(IMAGE_SHAPE), *encoder], name="encoder"),
-        keras.Sequential([latent, *decoder, layers.Activation("tanh", name="output")], name="decoder"),
+        keras.Sequential([keras.Input(latent), *decoder, layers.Activation("tanh", name="output")], name="decoder"),
     ]
+    if tied:
+        return TiedAutoencoder([keras.Input(IMAGE_SHAPE), *parts], depth=depth, latent_dim=latent_dim)
     return keras.Sequential([keras.Input(IMAGE_SHAPE), *parts], name="autoencoder")
 
 
@@ -246,18 +308,47 @@ class Adam(tf.Module):
     is the article's as well: Keras's 1e-7 is of the size of the first gradients here and leads to other weights.
     """
 
-    def __init__(self, weights: Sequence[tf.Variable], learning_rate: float) -> None:
+    def __init__(self, weights: Sequence[tf.Variable]) -> None:
         super().__init__()
-        self.weights, self.learning_rate = list(weights), learning_rate
+        self.weights = list(weights)
         self.means, self.squares = ([tf.Variable(tf.zeros_like(w)) for w in weights] for _ in range(2))
 
-    def apply(self, gradients: Sequence[tf.Tensor], step: tf.Tensor) -> None:
-        """Update the weights with the gradients of `step`, counted from 0."""
-        rates = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
+    def reset(self) -> None:
+        """Forget all gradients."""
+        for variable in (*self.means, *self.squares):
+            variable.assign(tf.zeros_like(variable))
+
+    def apply(self, gradients: Sequence[tf.Tensor | None], step: tf.Tensor, learning_rate: tf.Tensor | float) -> None:
+        """Update the weights that have a gradient with those of `step`, counted from 0."""
+        rates = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
         for name in ("beta1", "beta2"):
             rates[f"{name}_power"] = rates[name] ** tf.cast(step + 1, tf.float32)
         for w, m, v, gradient in zip(self.weights, self.means, self.squares, gradients, strict=True):
-            tf.raw_ops.ResourceApplyAdam(var=w.handle, m=m.handle, v=v.handle, grad=gradient, **rates)
+            if gradient is not None:
+                tf.raw_ops.ResourceApplyAdam(var=w.handle, m=m.handle, v=v.handle, grad=gradient, **rates)
+
+
+class Stage(NamedTuple):
+    """A part of a run: layers that stand still, layers that learn to reconstruct what those put out, and the steps."""
+
+    name: str
+    still: Sequence[layers.Layer]
+    learning: Sequence[layers.Layer]
+    first: int
+    steps: int
+
+
+def plan_stages(autoencoder: keras.Model, settings: Settings) -> list[Stage]:
+    """Return the stages of a run: one for each pair of layers, from the outside in, if asked for; then the whole."""
+    encoder, decoder = (autoencoder.get_layer(half).layers for half in ("encoder", "decoder"))
+    # Layers without weights belong to the pair on their outer side: they reshape what goes in or what comes out.
+    ends = [0, *(i + 1 for i, layer in enumerate(encoder) if layer.weights)]
+    begins = [len(decoder), *(i for i, layer in reversed(list(enumerate(decoder))) if layer.weights)]
+    stages, steps = [], settings.pretrain_steps
+    for k in range(len(ends) - 1 if steps else 0):
+        pair = encoder[ends[k] : ends[k + 1]] + decoder[begins[k + 1] : begins[k]]
+        stages.append(Stage(f"pretrain/{encoder[ends[k + 1] - 1].name}", encoder[: ends[k]], pair, k * steps, steps))
+    return [*stages, Stage("loss", [], [autoencoder], len(stages) * steps, settings.steps)]
 
 
 # --- the compiled loop ---
@@ -282,21 +373,28 @@ def to_float(images: tf.Tensor) -> tf.Tensor:
 
 
 def make_train_steps(
-    autoencoder: keras.Model, optimizer: Adam, images: np.ndarray, settings: Settings, writer: tf.summary.SummaryWriter
+    stage: Stage, optimizer: Adam, images: np.ndarray, settings: Settings, writer: tf.summary.SummaryWriter
 ) -> Callable[[int, int], tf.Tensor]:
-    """Return the compiled function that trains from step `first` to before step `last`: its losses, (last - first,).
+    """Return the compiled function that trains from step `first` to before step `last` of a stage: its losses.
 
     Each loss is that of the step's batch before its update, and goes to TensorBoard as it is computed.
     """
     count, images = len(images), tf.constant(images)  # uint8, on the device as a whole: no input pipeline to wait for
 
+    def pass_through(parts: Sequence[layers.Layer], images: tf.Tensor) -> tf.Tensor:
+        return functools.reduce(lambda values, layer: layer(values), parts, images)
+
     def train_step(step: tf.Tensor) -> tf.Tensor:
         batch = to_float(tf.gather(images, batch_indices(step, settings.batch_size, count, settings.seed)))
+        target = pass_through(stage.still, batch)
         with tf.GradientTape() as tape:
-            loss = reconstruction_loss(batch, autoencoder(batch, training=True))
-        optimizer.apply(tape.gradient(loss, optimizer.weights), step)
+            loss = reconstruction_loss(target, pass_through(stage.learning, tf.stop_gradient(target)))
+        learning_rate = settings.learning_rate
+        if settings.schedule == "cosine":  # from the whole to nothing (Loshchilov & Hutter 2017, without restarts)
+            learning_rate *= (1 + tf.cos(math.pi * tf.cast(step, tf.float32) / stage.steps)) / 2
+        optimizer.apply(tape.gradient(loss, optimizer.weights), step, learning_rate)
         with writer.as_default(), tf.name_scope("/"):  # else the loop is part of the tag: map/while/loss
-            tf.summary.scalar("loss", loss, step)
+            tf.summary.scalar(stage.name, loss, step)
         return loss
 
     @tf.function(input_signature=[tf.TensorSpec((), tf.int64)] * 2, autograph=False)
@@ -306,25 +404,77 @@ def make_train_steps(
     return train_steps
 
 
+# --- figures ---
+def squared_error(images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """Return the squared error of each image, summed over its pixels: (batch,)."""
+    return tf.reduce_sum(tf.square(others - images), axis=[1, 2, 3])
+
+
+def shift_tolerant_error(images: tf.Tensor, others: tf.Tensor, most: int = 2) -> tf.Tensor:
+    """Return the smallest squared error of each image against the other shifted by up to `most` pixels: (batch,).
+
+    A digit drawn a little to one side is right to the eye, and far off by the pixel; a stray dot is wrong to both.
+    """
+    height, width = images.shape[1:3]
+    padded = tf.pad(others, [[0, 0], [most, most], [most, most], [0, 0]])
+    shifts = itertools.product(range(2 * most + 1), repeat=2)
+    return tf.reduce_min([squared_error(images, padded[:, y : y + height, x : x + width]) for y, x in shifts], axis=0)
+
+
+def ssim(images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """Return the structural similarity of images of 28x28 pixels in [0, 1] (Wang et al. 2004, section III.B): (batch,).
+
+    The same as tf.image.ssim, and many times as fast: to blur is to multiply by a band matrix from both sides.
+    """
+    window = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+    places = SIZES[0] - len(window) + 1
+    band = np.stack([np.pad(window / window.sum(), (i, places - 1 - i)) for i in range(places)], axis=1)
+    x, y = images[..., 0], others[..., 0]
+    blurred = tf.stack([x, y, x * x + y * y, x * y])
+    for _ in range(2):  # along the height, then along the width
+        blurred = tf.tensordot(blurred, band.astype(np.float32), [[2], [0]])
+    mean_x, mean_y, squares, product = tf.unstack(blurred)
+    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    contrast_structure = 2 * (product - mean_x * mean_y) + 0.03**2
+    contrast_structure /= squares - mean_x**2 - mean_y**2 + 0.03**2
+    return tf.reduce_mean(luminance * contrast_structure, axis=[1, 2])
+
+
 @tf.function(autograph=False)
-def evaluate(autoencoder: keras.Model, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the reconstructions of uint8 images, and the squared error and PSNR (dB) of each: (batch,)."""
+def evaluate(autoencoder: keras.Model, images: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    """Return the reconstructions of uint8 images, and the figures of each, (batch,); PSNR is in dB."""
     images, half = to_float(images), tf.shape(images)[0] // 2
     halves = images[:half], images[half:]  # two, which run side by side: in a run of batch size 1, one does not share
     reconstructions = tf.concat([autoencoder(part, training=False) for part in halves], axis=0)
-    psnr = tf.image.psnr(images, tf.clip_by_value(reconstructions, 0, 1), max_val=1)
-    return reconstructions, tf.reduce_sum(tf.square(reconstructions - images), axis=[1, 2, 3]), psnr
+    shown = tf.clip_by_value(reconstructions, 0, 1)
+    return reconstructions, {
+        "squared_error": squared_error(images, reconstructions),
+        "shift_tolerant_error": shift_tolerant_error(images, reconstructions),
+        "psnr": tf.image.psnr(images, shown, max_val=1),
+        "ssim": ssim(images, shown),
+    }
 
 
-def final_figures(autoencoder: keras.Model, images: np.ndarray) -> dict[str, float]:
-    """Return the means over uint8 test images of the loss, the squared error, PSNR (dB) and SSIM."""
-    figures = []
-    for batch in np.array_split(images, -(-len(images) // 500)):
-        reconstructions, squared_error, psnr = evaluate(autoencoder, batch)
-        ssim = tf.image.ssim(to_float(batch), tf.clip_by_value(reconstructions, 0, 1), max_val=1)
-        figures.append(np.stack([squared_error / PIXELS, squared_error, psnr, ssim]))
-    names = ("test_loss", "test_squared_error_per_image", "psnr", "ssim")
-    return dict(zip(names, np.concatenate(figures, axis=1, dtype=float).mean(axis=1).tolist(), strict=True))
+def final_figures(autoencoder: keras.Model, data: Data) -> dict[str, float]:
+    """Return the means of the figures over all test images, beside the error of PCA with a code of the same size."""
+    batches = np.array_split(data.test, -(-len(data.test) // 500))
+    figures = [evaluate(autoencoder, batch)[1] for batch in batches]
+    mean = {name: float(np.mean(np.concatenate([f[name] for f in figures]), dtype=float)) for name in figures[0]}
+    error = mean.pop("squared_error")
+    size = math.prod(autoencoder.get_layer("encoder").output_shape[1:])
+    pca = pca_squared_error(data.train, data.test, min(size, PIXELS))
+    errors = {"test_squared_error_per_image": error, "pca_squared_error_per_image": pca}
+    return {"test_loss": error / PIXELS, **errors, **mean, "code_size": size}
+
+
+def pca_squared_error(train: np.ndarray, test: np.ndarray, components: int) -> float:
+    """Return the squared error of an image, the mean over uint8 test images, after PCA fitted on training images."""
+    train, test = (images.reshape(len(images), -1) / np.float32(255) for images in (train, test))
+    mean = train.mean(axis=0)
+    train -= mean
+    _, axes = np.linalg.eigh(train.T @ train)  # eigenvalues ascend
+    rest = (test - mean) @ axes[:, : PIXELS - components]
+    return float(np.square(rest).sum(axis=1).mean())
 
 
 # --- what is written ---
@@ -512,18 +662,24 @@ def cut_events(folder: Path, end: int) -> dict[int, float]:
 
 
 class Record:
-    """What a run writes as it goes: the losses and figures for TensorBoard, and the pictures.
+    """What a run writes as it goes: checkpoints, losses and figures for TensorBoard, pictures, lines on the terminal.
 
     Has `losses`, of training, and `tests`, both from a step to its value.
     """
 
-    def __init__(self, logs: Path, samples: Path, data: Data, step: int) -> None:
-        """Go on at a step: what was written after it is removed, and before the first one, all is."""
+    def __init__(self, logs: Path, samples: Path, data: Data, state: tf.train.Checkpoint, stages: list[Stage]) -> None:
+        """Go on at a state: what was written after it is removed, and before the first step, all is."""
         self.samples, self.images = samples, data.test[pick_test_images(data.test_labels)]
         self.originals = self.images[: max(COLUMNS, len(np.unique(data.test_labels)))] / np.float32(255)
-        self.losses = cut_events(logs / "train", step)
-        self.tests = cut_events(logs / "test", step + 1 if step else 0)
-        self.train, self.test = (tf.summary.create_file_writer(str(logs / kind)) for kind in ("train", "test"))
+        self.state, self.manager = state, tf.train.CheckpointManager(state, str(logs / "checkpoints"), max_to_keep=3)
+        step, total = int(state.step) - stages[-1].first, stages[-1].first + stages[-1].steps
+        ends = {"train": step, "test": step + 1 if step > 0 else 0}
+        ends |= {stage.name: int(state.step) - stage.first for stage in stages[:-1]}
+        events = {kind: cut_events(logs / kind, end) for kind, end in ends.items()}
+        self.losses, self.tests = events["train"], events["test"]
+        self.writers = {kind: tf.summary.create_file_writer(str(logs / kind)) for kind in ends}
+        layout = {"bar_format": "{n}/{total} |{bar}|{postfix}, {remaining} left", "file": sys.stdout}
+        self.bar = tqdm(total=total, initial=int(state.step), disable=not sys.stdout.isatty(), **layout)
 
     def grid(self, step: int) -> Path:
         """Return the path of a step's picture."""
@@ -531,29 +687,82 @@ class Record:
 
     def describe(self, autoencoder: keras.Model, config: dict[str, Any]) -> None:
         """Write the model's graph and the settings."""
-        with self.train.as_default(step=0):
+        with self.writers["train"].as_default(step=0):
             forward = tf.function(autoencoder, autograph=False)
             tf.summary.graph(forward.get_concrete_function(tf.TensorSpec((None, *IMAGE_SHAPE))).graph)
             rows = [f"| {key} | {value} |" for key, value in config.items()]
             tf.summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
-    def look(self, autoencoder: keras.Model, step: int) -> None:
-        """Write the test figures and the picture of the model after `step` updates."""
-        reconstructions, squared_error, psnr = (value.numpy() for value in evaluate(autoencoder, self.images))
-        self.tests[step] = squared_error.mean() / PIXELS
+    def look(self, autoencoder: keras.Model, step: int) -> str:
+        """Write the test figures and the picture of the model after `step` updates; return its test loss, in words."""
+        reconstructions, figures = evaluate(autoencoder, self.images)
+        means = {name: values.numpy().mean() for name, values in figures.items()}
+        self.tests[step] = means["loss"] = means["squared_error"] / PIXELS
         title = f"step {step:,}    test loss {self.tests[step]:.4f}"
-        grid = draw_grid(self.originals, reconstructions[: len(self.originals)], title)
+        grid = draw_grid(self.originals, reconstructions[: len(self.originals)].numpy(), title)
         write_whole(self.grid(step), grid.save)
-        with self.test.as_default(step=step):
-            tf.summary.scalar("loss", self.tests[step])
-            tf.summary.scalar("psnr", psnr.mean())
+        with self.writers["test"].as_default(step=step):
+            for name, value in means.items():
+                tf.summary.scalar(name, value)
             tf.summary.image("reconstructions", np.asarray(grid)[None, ..., None])
-        self.flush()
+        return f"test loss {self.tests[step]:.4f}"
+
+    def report(self, step: int, text: str) -> None:
+        """Show how far the run is."""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(int(self.state.step) - self.bar.n)
+        if self.bar.disable:
+            print(f"step {step:6,}  {text}", flush=True)
 
     def flush(self) -> None:
         """Have TensorBoard see all that has been written."""
-        self.train.flush()
-        self.test.flush()
+        for writer in self.writers.values():
+            writer.flush()
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint; `seconds` is the time that the run has taken."""
+        self.flush()  # what is before a checkpoint must not be lost with what is after it
+        self.state.in_all.assign(seconds)
+        self.manager.save(checkpoint_number=self.state.step)
+
+
+def train_stage(
+    stage: Stage, autoencoder: keras.Model, images: np.ndarray, settings: Settings, record: Record
+) -> Iterator[int]:
+    """Train a stage from where the record's state stands, and stop to give the step wherever something may be due.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    state, whole = record.state, stage.learning == [autoencoder]
+    step, recent = int(state.step) - stage.first, []
+    if step == 0:
+        state.optimizer.reset()
+    writer = record.writers["train" if whole else stage.name]
+    train_steps = make_train_steps(stage, state.optimizer, images, settings, writer)
+    while True:
+        if (step % settings.sample_every == 0 or step == stage.steps) and not (whole and step in record.tests):
+            report = record.look(autoencoder, step) if whole else stage.name
+            if recent:
+                pace = 1e3 * float(state.in_steps / tf.cast(state.step, tf.float64))
+                report = f"loss {np.mean(recent):.4f}  {report}  {pace:.2f} ms a step"
+            record.flush()
+            record.report(step, report)
+            recent = []
+        yield step
+        if step == stage.steps:
+            return
+        following = (step - step % every + every for every in (settings.sample_every, settings.checkpoint_every))
+        last, called = min(stage.steps, *following), time.perf_counter()
+        losses = train_steps(step, last).numpy()
+        state.in_steps.assign_add(time.perf_counter() - called)
+        if not np.isfinite(losses).all():
+            wrong = step + int(np.argmin(np.isfinite(losses)))
+            raise FloatingPointError(f"the loss at step {wrong} is not finite; try a lower --learning-rate")
+        if whole:
+            record.losses.update(zip(range(step, last), losses, strict=True))
+        recent.extend(losses)
+        state.step.assign_add(last - step)
+        step = last
 
 
 def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = ()) -> dict[str, Any]:
@@ -574,19 +783,24 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
     data = load_data(settings, resume)
     if resume and len(data.train) != resume:
         raise SettingsError(f"{logs} has trained on {resume:,} images, and {len(data.train):,} are to be had now")
+    if settings.epochs:
+        settings = dataclasses.replace(settings, steps=-(-settings.epochs * len(data.train) // settings.batch_size))
     used = f"{len(data.train):,} training and {len(data.test):,} test images: {data.source}"
     versions = {"python": sys.version.split()[0], "tensorflow": tf.__version__, "keras": keras.__version__}
     config = dataclasses.asdict(settings) | {"data": used, "training_images": len(data.train)} | versions
     if not resume:
         make_run(logs, samples, config)
     with only_process(logs), tf.device(device):
-        autoencoder = build_autoencoder()
-        optimizer = Adam([variable.value for variable in autoencoder.trainable_variables], settings.learning_rate)
-        saved = {"step": tf.Variable(0, dtype=tf.int64), "spent": tf.Variable([0.0, 0.0], dtype=tf.float64)}
-        checkpoint = tf.train.Checkpoint(optimizer=optimizer, **saved)
+        autoencoder = build_autoencoder(settings.depth, settings.latent_dim, settings.tied)
+        optimizer = Adam([variable.value for variable in autoencoder.trainable_variables])
+        stages = plan_stages(autoencoder, settings)
+        # what a checkpoint holds: beside weights and Adam's state, the steps of all stages and the time in seconds
+        times = {name: tf.Variable(0, dtype=tf.float64) for name in ("in_steps", "in_all")}
+        state = tf.train.Checkpoint(optimizer=optimizer, step=tf.Variable(0, dtype=tf.int64), **times)
         if resume:
-            restore(checkpoint, logs / "checkpoints")
-        step, (looped, before) = int(saved["step"]), saved["spent"].numpy().tolist()
+            restore(state, logs / "checkpoints")
+        started -= float(state.in_all)
+        step = int(state.step) - stages[-1].first
         if resume:
             if step > settings.steps:
                 raise SettingsError(f"{logs} has {step} steps behind it; --steps must be more")
@@ -601,53 +815,26 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
             print(f"resumes  {logs} at step {step:,}")
         print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
         print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
-        record = Record(logs, samples, data, step)
-        if step == 0:
+        record = Record(logs, samples, data, state, stages)
+        if step <= 0:
             record.describe(autoencoder, config)
-        manager = tf.train.CheckpointManager(checkpoint, str(logs / "checkpoints"), max_to_keep=3)
-        train_steps = make_train_steps(autoencoder, optimizer, data.train, settings, record.train)
-        layout = {"bar_format": "{n}/{total} |{bar}|{postfix}, {remaining} left", "file": sys.stdout}
-        bar = tqdm(total=settings.steps, initial=step, disable=not sys.stdout.isatty(), **layout)
-        recent = []
-        while True:
-            if step not in record.tests and (step % settings.sample_every == 0 or step == settings.steps):
-                record.look(autoencoder, step)
-                report = f"test loss {record.tests[step]:.4f}"
-                if recent:
-                    report = f"loss {np.mean(recent):.4f}  {report}  {1e3 * looped / step:.2f} ms a step"
-                recent = []
-                bar.set_postfix_str(report, refresh=False)
-                bar.update(step - bar.n)
-                if bar.disable:
-                    print(f"step {step:6,}  {report}", flush=True)
-            ends = len(stop) > 0 or step == settings.steps
-            if step and (ends or step % settings.checkpoint_every == 0):
-                record.flush()  # what is before a checkpoint must not be lost with what is after it
-                saved["step"].assign(step)
-                saved["spent"].assign([looped, before + time.perf_counter() - started])
-                manager.save(checkpoint_number=step)
-            if ends:
-                break
-            following = (step - step % every + every for every in (settings.sample_every, settings.checkpoint_every))
-            last, called = min(settings.steps, *following), time.perf_counter()
-            losses = train_steps(step, last).numpy()
-            looped += time.perf_counter() - called
-            if not np.isfinite(losses).all():
-                wrong = step + int(np.argmin(np.isfinite(losses)))
-                raise FloatingPointError(f"the loss at step {wrong} is not finite; try a lower --learning-rate")
-            record.losses.update(zip(range(step, last), losses, strict=True))
-            recent.extend(losses)
-            step = last
-        bar.close()
-        if stop:
-            run = logs.name if settings.log_dir == Settings.log_dir else logs
-            raise KeyboardInterrupt(f"stopped at step {step:,}; to go on: python train_ae.py --resume {run}")
+        with record.bar:
+            for stage in stages:
+                if state.step >= stage.first + stage.steps and stage is not stages[-1]:
+                    continue  # a run that goes on has done with it
+                for step in train_stage(stage, autoencoder, data.train, settings, record):
+                    if step and (stop or step == stage.steps or step % settings.checkpoint_every == 0):
+                        record.save(time.perf_counter() - started)
+                    if stop:
+                        run = logs.name if settings.log_dir == Settings.log_dir else logs
+                        go_on = f"python train_ae.py --resume {run}"
+                        raise KeyboardInterrupt(f"stopped at step {step:,}; to go on: {go_on}")
 
         write_whole(samples / "summary.png", lambda part: draw_summary(record).savefig(part, dpi=100))
         write_whole(logs / "autoencoder.keras", autoencoder.save)
-        metrics = final_figures(autoencoder, data.test)
-    timing = {"ms_per_step": 1e3 * looped / step, "seconds": before + time.perf_counter() - started}
-    metrics |= {"steps": step, **timing, "data": used}
+        metrics = final_figures(autoencoder, data)
+    timing = {"ms_per_step": 1e3 * float(state.in_steps) / int(state.step), "seconds": time.perf_counter() - started}
+    metrics |= {"steps": settings.steps, **timing, "data": used}
     write_json(logs / "metrics.json", metrics)
     for key, value in metrics.items():
         print(f"{key:<30} {f'{value:.6g}' if isinstance(value, float) else value}")
@@ -677,22 +864,33 @@ def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> in
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the usage above it
     for field in dataclasses.fields(Settings):
-        kind = field.type if field.type in (int, float) else str
-        text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        options = {"default": argparse.SUPPRESS, "metavar": kind.__name__.upper(), "help": text}
-        parser.add_argument(flag(field.name), type=kind, **options)
+        kind, text = value_type(field), field.metadata["help"]
+        if field.default is not None and kind is not bool:
+            text += f" (default: {field.default})"
+        options = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif choices := get_args(kind):
+            options["choices"] = choices
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag(field.name), **options)
     text = "name of a run to go on with; only --steps and --device may be given too"
     parser.add_argument("--resume", metavar="RUN", help=text)
     given = vars(parser.parse_args(arguments))
     run, images = given.pop("resume"), None
     try:
+        if {"steps", "epochs"} <= given.keys():
+            raise SettingsError("--steps and --epochs both say how long to train; leave out one")
         if run is None:
             settings = Settings(**given)
         elif other := given.keys() - {"steps", "device"}:
             raise SettingsError(f"--resume keeps the settings of the run; leave out {flag(min(other))}")
         else:
             settings, images = read_config(run)
-            settings = dataclasses.replace(settings, **given)
+            if settings.schedule == "cosine" and given.get("steps", settings.steps) != settings.steps:
+                raise SettingsError(f"the learning rate of this run ends at step {settings.steps:,}; leave out --steps")
+            settings = dataclasses.replace(settings, **given, **({"epochs": None} if "steps" in given else {}))
         train(settings, resume=images, stop=stop)
     except (SettingsError, KeyboardInterrupt, FloatingPointError, OSError, tf.errors.OpError) as error:
         print(f"{parser.prog}: {first_line(error)}", file=sys.stderr)

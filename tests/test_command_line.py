@@ -24,9 +24,8 @@ def test_help_gives_every_setting_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
-        shown = (
-            rf"{flag} \w+ [^()]+ \(default: {'[^()]+' if field.default is None else re.escape(str(field.default))}\)"
-        )
+        default = "[^()]+" if field.default is None else re.escape(str(field.default))
+        shown = rf"{flag} [^ ]+ [^()]+ \(default: {default}\)" if field.type is not bool else rf"{flag} [^()]+"
         assert re.search(shown, text), flag
 
 

@@ -326,12 +326,12 @@ NUMBERS = {field.name: field for field in train_ae.dataclasses.fields(Settings) 
 
 def bad_values(field):
     """Return a strategy for words that a numeric setting must refuse."""
-    least = field.metadata["least"]
-    words = strategies.text("abcxyz.,e+ ", min_size=1).filter(lambda word: not is_number(word, field.type))
+    least, kind = field.metadata["least"], train_ae.value_type(field)
+    words = strategies.text("abcxyz.,e+ ", min_size=1).filter(lambda word: not is_number(word, kind))
     below = strategies.integers(max_value=0 if least > 0 else -1)
-    above = strategies.integers(min_value=2**31)
+    above = strategies.integers(min_value=field.metadata["most"] + 1)
     number = strategies.one_of(below, above, strategies.sampled_from([float("nan"), float("inf"), -float("inf")]))
-    broken = strategies.floats(0.5, 1e6).filter(lambda x: not x.is_integer()) if field.type is int else below
+    broken = strategies.floats(0.5, 1e6).filter(lambda x: not x.is_integer()) if kind is int else below
     return strategies.one_of(words, number.map(str), broken.map(str))
 
 

@@ -78,11 +78,11 @@ def test_adam_is_keras_adam_with_the_articles_epsilon():
     random = np.random.default_rng(1)
     start = [random.normal(size=shape).astype(np.float32) for shape in ((3, 4), (5,))]
     ours, theirs = ([tf.Variable(value) for value in start] for _ in range(2))
-    optimizer = train_ae.Adam(ours, 0.01)
+    optimizer = train_ae.Adam(ours)
     reference = keras.optimizers.Adam(0.01, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
     for step in range(20):
         gradients = [tf.constant(random.normal(size=v.shape) * 1e-7, tf.float32) for v in ours]
-        optimizer.apply(gradients, tf.constant(step, tf.int64))
+        optimizer.apply(gradients, tf.constant(step, tf.int64), 0.01)
         reference.apply_gradients(zip(gradients, theirs, strict=True))
     for one, other, begin in zip(ours, theirs, start, strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4)

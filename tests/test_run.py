@@ -20,6 +20,8 @@ from tensorboard.util import tensor_util
 
 import train_ae
 
+FIGURES = ["squared_error", "shift_tolerant_error", "psnr", "ssim", "loss"]  # at each picture
+
 
 def saved_figures(run, images):
     """Return figures of the saved model over uint8 images, from their definitions."""
@@ -31,9 +33,23 @@ def saved_figures(run, images):
     return {
         "test_loss": square.sum(axis=3).mean(),
         "test_squared_error_per_image": square.sum(axis=(1, 2, 3)).mean(),
+        "shift_tolerant_error": smallest_error(images, drawn),
         "psnr": (-10 * np.log10(clipped)).mean(),
         "ssim": tf.image.ssim(images, np.clip(drawn, 0, 1), 1).numpy().mean(),
     }
+
+
+def smallest_error(images, drawn):
+    """Return the mean over images of the smallest squared error against the drawn one moved by up to 2 pixels."""
+    errors = []
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            moved = np.zeros_like(drawn)
+            moved[:, max(0, down) : 28 + min(0, down), max(0, right) : 28 + min(0, right)] = drawn[
+                :, max(0, -down) : 28 + min(0, -down), max(0, -right) : 28 + min(0, -right)
+            ]
+            errors.append(np.square(moved.astype(float) - images).sum(axis=(1, 2, 3)))
+    return np.min(errors, axis=0).mean()
 
 
 def test_default_run_ends_in_the_known_range(default_run):
@@ -88,7 +104,8 @@ def test_losses_are_logged_at_every_step_and_tests_at_every_picture(short_run, d
         found, losses = scalars(run.logs / "train", "loss")
         np.testing.assert_array_equal(found, np.arange(steps))
         assert np.isfinite(losses).all()
-        for tag in ("loss", "psnr"):
+        assert read(run.logs / "test").Tags()["tensors"][:-1] == FIGURES
+        for tag in FIGURES:
             np.testing.assert_array_equal(scalars(run.logs / "test", tag)[0], pictured)
         assert [event.step for event in read(run.logs / "test").Tensors("reconstructions")] == pictured
     assert read(default_run.logs / "train").Tags()["tensors"] == ["settings", "loss"]
@@ -110,7 +127,9 @@ def test_test_figures_are_made_after_as_many_updates_as_they_say(short_run, digi
     _, losses = scalars(short_run.logs / "test", "loss")
     assert losses[0] == pytest.approx(untrained, rel=1e-5)
     assert losses[-1] == pytest.approx(trained["test_loss"], rel=1e-5)
-    assert scalars(short_run.logs / "test", "psnr")[1][-1] == pytest.approx(trained["psnr"], rel=1e-5)
+    trained["squared_error"] = trained["test_squared_error_per_image"]
+    for name in ("squared_error", "shift_tolerant_error", "psnr", "ssim"):
+        assert scalars(short_run.logs / "test", name)[1][-1] == pytest.approx(trained[name], rel=1e-5), name
 
 
 def test_last_grid_shows_the_saved_models_reconstructions(short_run, digits):

@@ -40,7 +40,7 @@ def test_both_losses_share_a_chart(get, default_run):
     tags = json.loads(get("plugin/scalars/tags"))
     assert {run: sorted(found) for run, found in tags.items()} == {
         "default/train": ["loss"],
-        "default/test": ["loss", "psnr"],
+        "default/test": ["loss", "psnr", "shift_tolerant_error", "squared_error", "ssim"],
     }
     for run in ("train", "test"):
         points = np.array(json.loads(get("plugin/scalars/scalars", tag="loss", run=f"default/{run}")))
