@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import os
+import platform
 import pty
 import re
 import shlex
@@ -10,6 +11,7 @@ import struct
 import sys
 import termios
 
+import keras
 import pytest
 import tensorflow as tf
 from conftest import call, words
@@ -133,5 +135,36 @@ def test_terminal_shows_one_progress_bar(tmp_path):
         pass
     assert os.waitpid(pid, 0)[1] == 0
     assert re.search(rb"\r120/120 [^\r\n]+, loss 0\.\d{4}  test loss 0\.\d{4}  \d+\.\d\d ms a step, 00:00 left", shown)
-    assert max(len(line) for line in re.split(r"[\r\n]", shown.decode()) if "120 |" in line) <= 80
+    assert b"\x1b[32m" in shown  # green
+    plain = re.sub(r"\x1b\[\d*m", "", shown.decode())
+    assert max(len(line) for line in re.split(r"[\r\n]", plain) if "120 |" in line) <= 80
     assert b"\nstep " not in shown
+
+
+def test_version_names_what_a_bug_report_needs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for name, version in {
+        "Python": platform.python_version(),
+        "TensorFlow": tf.__version__,
+        "Keras": keras.__version__,
+    }.items():
+        assert f"{name} {version}" in said
+
+
+def test_start_is_silent_and_verbose_brings_the_noise_back(tmp_path):
+    quiet, verbose = (
+        call("--steps", 2, *more, cwd=tmp_path, env={"TF_CPP_MIN_LOG_LEVEL": "0"} if more else {})
+        for more in ((), ("--verbose",))
+    )
+    assert (quiet.returncode, quiet.stderr, verbose.returncode) == (0, "", 0)
+    assert "cpu_feature_guard" in verbose.stderr or "oneDNN" in verbose.stderr or "cuda" in verbose.stderr
+    assert quiet.stdout.splitlines()[0].startswith("device") and "\x1b" not in quiet.stdout
+
+
+def test_missing_package_is_not_silenced(tmp_path):
+    (tmp_path / "filelock.py").write_text("raise ImportError('no filelock here')")
+    process = call("--steps", 2, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 1 and "no filelock here" in process.stderr

@@ -17,6 +17,7 @@ from events import read, scalars
 from PIL import Image
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.util import tensor_util
+from test_model import LAYERS
 
 import train_ae
 
@@ -69,15 +70,19 @@ def test_final_figures_are_those_of_the_saved_model(default_run, digits):
 def test_default_run_writes_every_file(default_run):
     names = [f"step_{step:05}.png" for step in range(0, 3001, 50)]
     assert sorted(path.name for path in default_run.samples.iterdir()) == [*names, "summary.png"]
-    assert sorted(path.name for path in default_run.logs.iterdir()) == [
+    names = sorted(path.name for path in default_run.logs.iterdir())
+    assert [name for name in names if not name.startswith("events.")] == [
         ".lock",
         "autoencoder.keras",
         "checkpoints",
         "config.json",
         "metrics.json",
+        "projector",
+        "projector_config.pbtxt",
         "test",
         "train",
     ]
+    assert len(names) == 10  # and the events of the table of runs
     for path in default_run.samples.iterdir():
         Image.open(path).verify()
 
@@ -104,10 +109,10 @@ def test_losses_are_logged_at_every_step_and_tests_at_every_picture(short_run, d
         found, losses = scalars(run.logs / "train", "loss")
         np.testing.assert_array_equal(found, np.arange(steps))
         assert np.isfinite(losses).all()
-        assert read(run.logs / "test").Tags()["tensors"][:-1] == FIGURES
-        for tag in FIGURES:
-            np.testing.assert_array_equal(scalars(run.logs / "test", tag)[0], pictured)
-        assert [event.step for event in read(run.logs / "test").Tensors("reconstructions")] == pictured
+        weights = [f"weights/{name}" for name in LAYERS]
+        assert read(run.logs / "test").Tags()["tensors"] == [*FIGURES, "reconstructions", *weights]
+        for tag in (*FIGURES, "reconstructions", *weights):
+            assert [event.step for event in read(run.logs / "test").Tensors(tag)] == pictured
     assert read(default_run.logs / "train").Tags()["tensors"] == ["settings", "loss"]
 
 
@@ -156,6 +161,19 @@ def test_graph_names_encoder_and_decoder_and_their_layers(short_run):
     for part, kind in (("encoder", "conv"), ("decoder", "deconv")):
         for index in range(1, 5):
             assert any(f"{part}" in name and f"/{kind}{index}" in name for name in names), (part, kind, index)
+
+
+def test_histograms_count_the_saved_models_kernels(short_run):
+    model = keras.models.load_model(short_run.logs / "autoencoder.keras")
+    for layer in (*model.get_layer("encoder").layers, *model.get_layer("decoder").layers[:-1]):
+        kernel = layer.kernel.numpy()
+        *_, event = read(short_run.logs / "test").Tensors(f"weights/{layer.name}")
+        buckets = tensor_util.make_ndarray(event.tensor_proto)
+        assert buckets.shape == (30, 3) and buckets[:, 2].sum() == kernel.size
+        np.testing.assert_array_equal(buckets[1:, 0], buckets[:-1, 1])
+        assert buckets[0, 0] == pytest.approx(kernel.min()) and buckets[-1, 1] == pytest.approx(kernel.max())
+        for left, right, count in buckets[1:-1]:
+            assert count == pytest.approx(((left <= kernel) & (kernel < right)).sum(), abs=2)
 
 
 def test_settings_are_a_text_in_tensorboard(short_run):
