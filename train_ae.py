@@ -769,6 +769,7 @@ class Record:
         folder, images = self.logs / "projector", data.test[:most]
         folder.mkdir(exist_ok=True)
         codes = np.reshape(self.model.get_layer("encoder")(to_float(images)), (len(images), -1))
+        codes = np.pad(codes, [(0, 0), (0, max(0, 3 - codes.shape[1]))])  # the projector shows no fewer than three
         side = math.isqrt(len(images) - 1) + 1  # the digits make one square picture
         tiles = np.pad(images[..., 0], [(0, side**2 - len(images)), (0, 0), (0, 0)])
         tiles = tiles.reshape(side, side, *images.shape[1:3]).swapaxes(1, 2).reshape(side * images.shape[1], -1)

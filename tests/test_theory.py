@@ -330,3 +330,11 @@ def test_figures_are_in_metrics_and_in_tensorboard(short_run):
     for name in ("shift_tolerant_error", "psnr", "ssim"):
         assert np.isfinite(metrics[name]) and len(scalars(short_run.logs / "test", name)[0]) == 4
     assert metrics["shift_tolerant_error"] <= metrics["test_squared_error_per_image"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_projector_gets_three_numbers_a_digit_at_least(size, tmp_path):
+    run = Run(tmp_path, "x", "--steps", 2, "--latent-dim", size)
+    codes = np.fromfile(run.logs / "projector" / "codes.bytes", np.float32).reshape(1000, 3)
+    assert codes[:, :size].any(axis=0).all() and not codes[:, size:].any()
+    assert (run.logs / "projector_config.pbtxt").read_text().count("tensor_shape: 3\n") == 1
