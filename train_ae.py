@@ -633,18 +633,12 @@ def read_config(run: str) -> tuple[Settings, int]:
     return dataclasses.replace(settings, log_dir=str(folder.parent), run_name=folder.name), images
 
 
-@contextlib.contextmanager
-def only_process(logs: Path) -> Iterator[None]:
+def only_process(logs: Path) -> contextlib.AbstractContextManager:
     """Keep other processes from a run; raises SettingsError where one has it. The lock ends with the process."""
-    lock = filelock.FileLock(logs / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return filelock.FileLock(logs / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise SettingsError("another process is training this run") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> None:
@@ -886,7 +880,7 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
                     print(f"{logs} has its {settings.steps:,} steps behind it: nothing is left to do")
                     return metrics
             write_json(logs / "config.json", config)
-            print(f"resumes  {logs} at step {step:,}")
+            print(f"resumes  {logs} {f'at step {step:,}' if step >= 0 else 'while its pairs of layers are trained'}")
         print(f"device   {device[1:4]}\ndata     {used}\nwrites   {logs} and {samples}")
         print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
         record = Record(logs, samples, data, autoencoder, state, stages)

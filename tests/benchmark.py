@@ -1,0 +1,401 @@
+"""How fast the training loop is, beside the same model in Keras's `fit`, PyTorch and JAX.
+
+    python tests/benchmark.py            # about ten minutes; PyTorch and JAX are measured where they are installed
+
+Every measurement is a process of its own (`python tests/benchmark.py NAME [BATCH]`). The contenders take turns, and
+each figure is the median of several turns, so that what else the machine does strikes all of them alike.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+TURNS, STEPS, CALL = 5, 1000, 50  # rounds; steps timed in each; steps of a compiled call
+BATCHES = (1, 8, 32, 128, 512)
+
+
+def start(batch, threads=True):
+    """Return the initial weights of the default run, and its images in the order of its steps, in [0, 1]."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import train_ae
+
+    keras.utils.set_random_seed(0)
+    if threads:  # else as many as TensorFlow takes by itself
+        train_ae.set_up_tensorflow(train_ae.Settings(batch_size=batch))
+    autoencoder = train_ae.build_autoencoder()
+    train = train_ae.load_data(train_ae.Settings(dataset="mnist_5k")).train
+    steps = max(60, STEPS // batch) + CALL
+    order = [train_ae.batch_indices(tf.constant(k, tf.int64), batch, len(train), 0).numpy() for k in range(steps)]
+    return autoencoder, train[np.concatenate(order)].astype(np.float32) / 255, train, steps
+
+
+def timed(run, steps):
+    """Call `run(first, last)`, which gives losses, until all steps are done; return ms a step and all losses."""
+    losses = list(run(0, CALL))  # compiles
+    begin = time.perf_counter()
+    for first in range(CALL, steps, CALL):
+        losses.extend(run(first, min(first + CALL, steps)))
+    return {"ms": 1e3 * (time.perf_counter() - begin) / (steps - CALL), "losses": [float(loss) for loss in losses]}
+
+
+def ours(batch):
+    """Our loop, with its summaries."""
+    import tensorflow as tf
+
+    import train_ae
+
+    autoencoder, _, train, steps = start(batch)
+    settings = train_ae.Settings(batch_size=batch)
+    optimizer = train_ae.Adam([variable.value for variable in autoencoder.trainable_variables])
+    (stage,) = train_ae.plan_stages(autoencoder, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = tf.summary.create_file_writer(folder)
+        train_steps = train_ae.make_train_steps(stage, optimizer, train, settings, writer)
+        return timed(lambda first, last: train_steps(first, last).numpy(), steps)
+
+
+def fit(batch, steps_per_execution=1):
+    """Keras's own loop, as people write it: a tf.data pipeline, compile, fit."""
+    import keras
+    import tensorflow as tf
+
+    import train_ae
+
+    autoencoder, images, *_ = start(batch, threads=False)
+    data = tf.data.Dataset.from_tensor_slices((images, images)).batch(batch).prefetch(tf.data.AUTOTUNE)
+    optimizer = keras.optimizers.Adam(0.001, epsilon=1e-8)
+    loss = train_ae.reconstruction_loss
+    autoencoder.compile(optimizer, loss, steps_per_execution=steps_per_execution)
+    times, means = [], []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, step, logs=None):
+            times.append((step + 1, time.perf_counter()))
+            means.append((step + 1, logs["loss"]))  # the mean since the beginning
+
+    autoencoder.fit(data, epochs=1, verbose=0, callbacks=[Watch()])
+    begin = next(entry for entry in times if entry[0] >= CALL)
+    sums = [0, *(step * mean for step, mean in means)]
+    losses = [after - before for before, after in itertools.pairwise(sums)] if steps_per_execution == 1 else []
+    return {"ms": 1e3 * (times[-1][1] - begin[1]) / (times[-1][0] - begin[0]), "losses": losses}
+
+
+def fit_50(batch):
+    """The same with 50 steps in an execution."""
+    return fit(batch, 50)
+
+
+def torch_model(weights, threads):
+    """Return the model in PyTorch, from Keras's weights, and its fused Adam."""
+    import torch
+    from torch.nn import functional
+
+    torch.set_num_threads(threads)
+    turn = [(3, 2, 0, 1)] * 8
+    weights = [torch.tensor(w.transpose(turn[i // 2]) if w.ndim == 4 else w) for i, w in enumerate(weights)]
+    weights = [w.contiguous().requires_grad_() for w in weights]
+
+    def model(x):
+        for i, size in enumerate((28, 14, 7, 4)):
+            pad = (0, 1, 0, 1) if size % 2 == 0 else (1, 1, 1, 1)  # as TensorFlow pads
+            x = functional.conv2d(functional.pad(x, pad), weights[2 * i], weights[2 * i + 1], stride=2)
+            x = functional.leaky_relu(x, 0.2)
+        for i, size in enumerate((4, 7, 14, 28), start=4):
+            x = functional.conv_transpose2d(x, weights[2 * i], weights[2 * i + 1], stride=2)
+            x = x[..., size % 2 : size % 2 + size, size % 2 : size % 2 + size]
+            x = functional.leaky_relu(x, 0.2)
+        return torch.tanh(x)
+
+    return model, torch.optim.Adam(weights, 0.001, eps=1e-8, fused=True)
+
+
+def torch_loop(batch, logging=False):
+    """The same model in PyTorch; one thread at batch size 1."""
+    import torch
+
+    autoencoder, images, _, steps = start(batch)
+    model, optimizer = torch_model(autoencoder.get_weights(), 1 if batch == 1 else 2)
+    images = torch.tensor(images.transpose(0, 3, 1, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = summary_writer(folder) if logging else None
+
+        def run(first, last):
+            losses = []
+            for step in range(first, last):
+                x = images[step * batch : (step + 1) * batch]
+                optimizer.zero_grad()
+                loss = (model(x) - x).square().sum(dim=1).mean()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item() if logging else loss.detach())
+                if writer:
+                    writer.add_scalar("loss", losses[-1], step)
+            if writer:
+                torch_picture(writer, model, images[:10], last, Path(folder))
+            return losses
+
+        return timed(run, steps)
+
+
+def torch_logging(batch):
+    """The same with TensorBoard's scalars at every step, and a picture every 50."""
+    return torch_loop(batch, logging=True)
+
+
+def summary_writer(folder):
+    """Return PyTorch's writer; without TensorFlow behind it, which would slow its start."""
+    import types
+
+    sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def torch_picture(writer, model, images, step, folder):
+    """Write a grid of ten digits above their reconstructions, to a PNG file and to TensorBoard."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with torch.no_grad():
+        drawn = model(images).clamp(0, 1)
+    grid = torch.stack([images, drawn])[:, :, 0].permute(0, 2, 1, 3).reshape(56, -1)
+    pixels = (grid.repeat_interleave(3, 0).repeat_interleave(3, 1) * 255).to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(folder / f"step_{step:05}.png")
+    writer.add_image("reconstructions", np.asarray(pixels)[None], step)
+
+
+def torch_job(_):
+    """The job of the default run in PyTorch, a script of its own: losses, 61 pictures and test figures, the model."""
+    import numpy as np
+    import torch
+
+    with np.load(ROOT / "samples" / "mnist_5k.npz") as file:
+        train, test = (torch.tensor(file[f"{part}_images"]).permute(0, 3, 1, 2) / 255 for part in ("train", "test"))
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    sizes = [(1, 16), (16, 32), (32, 64), (64, 128), (64, 128), (32, 64), (16, 32), (1, 16)]
+    weights = []
+    for i, (few, many) in enumerate(sizes):
+        kernel = np.clip(random.normal(size=(3, 3, few, many)), -2, 2) * 0.02
+        weights += [kernel.astype(np.float32), np.zeros(many if i < 4 else few, np.float32)]
+    model, optimizer = torch_model(weights, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = summary_writer(folder)
+        order = torch.randperm(len(train))
+        for step in range(3001):
+            if step % 50 == 0:
+                with torch.no_grad():
+                    square = (model(test[:100]) - test[:100]).square().mean(dim=(1, 2, 3))
+                writer.add_scalar("test_loss", square.mean().item(), step)
+                writer.add_scalar("psnr", (-10 * torch.log10(square)).mean().item(), step)
+                torch_picture(writer, model, test[:10], step, Path(folder))
+            if step == 3000:
+                break
+            x = train[order[step]][None]
+            optimizer.zero_grad()
+            loss = (model(x) - x).square().sum(dim=1).mean()
+            loss.backward()
+            optimizer.step()
+            writer.add_scalar("loss", loss.item(), step)
+        with torch.no_grad():
+            figure = (model(test) - test).square().mean().item()
+        torch.save(optimizer.param_groups[0]["params"], Path(folder) / "model.pt")
+        writer.close()
+    return {"test_loss": figure}
+
+
+def jax_scan(batch):
+    """The same in JAX: 50 steps in a scan."""
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    autoencoder, images, _, steps = start(batch)
+    weights = [jnp.array(w) for w in autoencoder.get_weights()]
+    images = jnp.array(images).reshape(steps, batch, 28, 28, 1)
+
+    def conv(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def model(w, x):
+        for i in range(4):
+            x = jax.nn.leaky_relu(conv(x, w[2 * i]) + w[2 * i + 1], 0.2)
+        for i, size in enumerate((4, 7, 14, 28), start=4):
+            shape = jnp.zeros((batch, size, size, w[2 * i].shape[2]))
+            x = jax.vjp(lambda y, i=i: conv(y, w[2 * i]), shape)[1](x)[0]  # the transpose of a convolution
+            x = jax.nn.leaky_relu(x + w[2 * i + 1], 0.2)
+        return jnp.tanh(x)
+
+    def step(state, x):
+        w, m, v, count = state
+        loss, g = jax.value_and_grad(lambda w: jnp.mean(jnp.sum((model(w, x) - x) ** 2, -1)))(w)
+        count += 1
+        rate = 0.001 * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+        m = [0.9 * a + 0.1 * b for a, b in zip(m, g, strict=True)]
+        v = [0.999 * a + 0.001 * b * b for a, b in zip(v, g, strict=True)]
+        w = [a - rate * b / (jnp.sqrt(c) + 1e-8) for a, b, c in zip(w, m, v, strict=True)]
+        return (w, m, v, count), loss
+
+    scan = jax.jit(lambda state, xs: lax.scan(step, state, xs))
+    zeros = [jnp.zeros_like(w) for w in weights]
+    state = (weights, zeros, zeros, jnp.float32(0))
+
+    def run(first, last):
+        nonlocal state
+        state, losses = scan(state, images[first:last])
+        return losses.tolist()
+
+    return timed(run, steps)
+
+
+def floor(_):
+    """One core's floor: a step's 10.1 MFLOP at the rate of a matrix product, its 7.8 MB at that of a copy."""
+    import numpy as np
+
+    a, b = (np.random.default_rng(0).random((512, 512), np.float32) for _ in range(2))
+    source = np.zeros(3_900_000, np.uint8)  # half is read, and half is written
+    target = np.ones_like(source)
+
+    def best(action):
+        times = []
+        for _ in range(30):
+            begin = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    flops, copy = 2 * 512**3 / best(lambda: a @ b), best(lambda: np.copyto(target, source))
+    return {"ms": 1e3 * (10.1e6 / flops + copy), "gflops": flops / 1e9, "gb_per_s": 7.8e6 / copy / 1e9}
+
+
+def parts(_):
+    """What the seconds of the default run go into."""
+    begin = time.perf_counter()
+    import train_ae
+
+    spent = {"import": time.perf_counter() - begin}
+
+    def watch(owner, name, part):
+        function = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent[part] = spent.get(part, 0) + time.perf_counter() - begun
+
+        setattr(owner, name, watched)
+
+    watch(train_ae, "load_data", "data")
+    watch(train_ae, "build_autoencoder", "build")
+    for name in ("describe", "project", "compare"):
+        watch(train_ae.Record, name, "graph, projector, table of runs")
+    watch(train_ae.Record, "look", "test figures, pictures and histograms at 61 steps")
+    watch(train_ae.Record, "save", "checkpoints")
+    watch(train_ae, "final_figures", "final figures and PCA")
+    watch(train_ae, "draw_summary", "summary.png")
+    watch(train_ae.keras.Model, "save", "saving the model")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = train_ae.Settings(run_name="x", log_dir=folder, sample_dir=folder + "/samples")
+        begun = time.perf_counter()
+        metrics = train_ae.train(settings)
+        whole = time.perf_counter() - begun
+    spent["3,000 steps, with tracing and summaries"] = 3 * metrics["ms_per_step"]
+    spent["the rest"] = whole + spent["import"] - sum(spent.values())
+    return {"parts": spent}
+
+
+def script(_):
+    """The default run, as users start it."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(ROOT / "train_ae.py")], cwd=folder, check=True, capture_output=True)
+    return {"mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+
+
+def measure(name, batch=1):
+    """Return what a contender prints, measured in a process of its own, and the seconds of that process."""
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    if name.startswith("fit"):
+        env["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as it is unless somebody knows better
+    begin = time.perf_counter()
+    command = [sys.executable, __file__, name, str(batch)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{name}: {process.stderr.splitlines()[-1]}")
+    return json.loads(process.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - begin}
+
+
+def medians(names, batch=1, turns=TURNS, key="ms"):
+    """Return the median of each contender's figure; they take turns."""
+    found = {name: [] for name in names}
+    for _ in range(turns):
+        for name in names:
+            found[name].append(measure(name, batch)[key])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def check(names):
+    """Stop unless all contenders compute the same losses."""
+    reference = measure("ours")["losses"]
+    for name in names:
+        losses = measure(name)["losses"]
+        first = abs(losses[0] / reference[0] - 1)
+        mean = abs(statistics.mean(losses[:500]) / statistics.mean(reference[:500]) - 1)
+        if first > 1e-5 or mean > 0.05:
+            sys.exit(f"{name} does not compute the loss of ours: {first:.1e} off at first, {mean:.1%} in the mean")
+        print(f"{name}: the loss of ours, to {first:.0e} at first and to {mean:.1%} in the mean of 500 steps")
+
+
+def main():
+    """Measure everything and print it as the tables of the README."""
+    have = {name: importlib.util.find_spec(name) is not None for name in ("torch", "jax")}
+    torch = ["torch_loop", "torch_logging"] if have["torch"] else []
+    names = ["fit", *torch, *(["jax_scan"] if have["jax"] else [])]
+    check(names)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    print(f"\n{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {platform.system()}\n")
+    loops = medians(["ours", "floor", "fit", "fit_50", *names[1:]])
+    print("| loop, batch size 1 | ms a step | ours ÷ it |\n|---|---|---|")
+    for name, ms in loops.items():
+        print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {ms:.2f} | {loops['ours'] / ms:.2f} |")
+    print("\n| batch size | ms a step | images a second | ÷ PyTorch |\n|---|---|---|---|")
+    for batch in BATCHES:
+        found = medians(["ours", *torch[:1]], batch, turns=3)
+        ratio = f"{found['torch_loop'] / found['ours']:.2f}" if torch else ""
+        print(f"| {batch} | {found['ours']:.2f} | {1e3 * batch / found['ours']:,.0f} | {ratio} |")
+    turns = [measure("parts")["parts"] for _ in range(3)]
+    print("\n| part of the default run | seconds |\n|---|---|")
+    for part in turns[0]:
+        print(f"| {part} | {statistics.median(turn[part] for turn in turns):.2f} |")
+    jobs = medians(["script", *(["torch_job"] if torch else [])], turns=TURNS, key="seconds")
+    print("\n| whole job, from outside | seconds |\n|---|---|")
+    for name, seconds in jobs.items():
+        print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {seconds:.1f} |")
+    print(f"\nours ÷ PyTorch {jobs['script'] / jobs['torch_job']:.2f}" if torch else "")
+    print(f"peak memory {measure('script')['mb']:.0f} MB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(globals()[sys.argv[1]](int(sys.argv[2]) if len(sys.argv) > 2 else 1)))
+    else:
+        main()
