@@ -31,6 +31,9 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if "--verbose" in sys.argv else "3")
 gc.disable()
+# Keras imports these where they are installed, without need: a second and a half for all of them.
+UNNEEDED = ("jax", "matplotlib.pyplot", "pandas", "sklearn", "torch") if __name__ == "__main__" else ()
+sys.modules.update(dict.fromkeys(UNNEEDED))  # None stands for "not there"
 
 import argparse
 import contextlib
@@ -67,6 +70,8 @@ from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.util.tensor_util import make_tensor_proto
 from tqdm import tqdm
 
+for name in UNNEEDED:
+    del sys.modules[name]
 gc.freeze()
 gc.enable()
 if QUIET:
