@@ -3,6 +3,7 @@
     python train_ae.py                  # 3,000 steps; pictures in samples/, curves in logs/
     tensorboard --logdir logs --samples_per_plugin images=1000
     python train_ae.py --resume RUN     # goes on with a run that was stopped
+    python train_ae.py --latent-dim 2   # a digit in two numbers, and PCA's error beside it
     python train_ae.py --help           # every setting
 
 Four stride-2 convolutions squeeze a digit of 28x28 pixels to a latent tensor of 2x2x128, four transposed

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-TURNS, STEPS, CALL = 5, 1000, 50  # rounds; steps timed in each; steps of a compiled call
+TURNS, STEPS, CALL = 3, 1000, 50  # rounds; steps timed in each; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
 
 
@@ -342,10 +342,10 @@ def measure(name, batch=1):
     return json.loads(process.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - begin}
 
 
-def medians(names, batch=1, turns=TURNS, key="ms"):
+def medians(names, batch=1, key="ms"):
     """Return the median of each contender's figure; they take turns."""
     found = {name: [] for name in names}
-    for _ in range(turns):
+    for _ in range(TURNS):
         for name in names:
             found[name].append(measure(name, batch)[key])
     return {name: statistics.median(values) for name, values in found.items()}
@@ -379,14 +379,14 @@ def main():
         print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {ms:.2f} | {loops['ours'] / ms:.2f} |")
     print("\n| batch size | ms a step | images a second | ÷ PyTorch |\n|---|---|---|---|")
     for batch in BATCHES:
-        found = medians(["ours", *torch[:1]], batch, turns=3)
+        found = medians(["ours", *torch[:1]], batch)
         ratio = f"{found['torch_loop'] / found['ours']:.2f}" if torch else ""
         print(f"| {batch} | {found['ours']:.2f} | {1e3 * batch / found['ours']:,.0f} | {ratio} |")
-    turns = [measure("parts")["parts"] for _ in range(3)]
+    turns = [measure("parts")["parts"] for _ in range(TURNS)]
     print("\n| part of the default run | seconds |\n|---|---|")
     for part in turns[0]:
         print(f"| {part} | {statistics.median(turn[part] for turn in turns):.2f} |")
-    jobs = medians(["script", *(["torch_job"] if torch else [])], turns=TURNS, key="seconds")
+    jobs = medians(["script", *(["torch_job"] if torch else [])], key="seconds")
     print("\n| whole job, from outside | seconds |\n|---|---|")
     for name, seconds in jobs.items():
         print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {seconds:.1f} |")
