@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-TURNS, STEPS, CALL = 3, 1000, 50  # rounds; steps timed in each; steps of a compiled call
+TURNS, STEPS, CALL = 5, 1000, 50  # rounds; steps timed in each; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
 
 
