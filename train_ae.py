@@ -118,7 +118,7 @@ class Settings:
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate over the run; cosine falls to 0")
     depth: int = setting(LAYERS, "layers of the encoder, and of the decoder", 1, LAYERS)
     latent_dim: int | None = setting(
-        None, "numbers in the code of an image (default: all that conv4 puts out)", 1, PIXELS
+        None, "numbers in the code of an image (default: all that the last convolution puts out)", 1, PIXELS
     )
     tied: bool = setting(False, "have each decoder layer use the kernel of its twin in the encoder")
     pretrain_steps: int = setting(0, "steps for which each pair of layers is trained alone before the whole is", 0)
@@ -554,7 +554,8 @@ def draw_summary(record: "Record") -> Figure:
     figure = Figure(figsize=(13, 5))
     curves, digits = figure.subplots(1, 2, width_ratios=(1, 1.1))
     figure.subplots_adjust(0.08, 0.1, 0.99, 0.93, wspace=0.18)
-    window, thin = min(50, len(losses)), len(losses) // 4000 + 1  # a long curve takes memory, and shows no more
+    window = min(50, len(losses) // 10 + 1)
+    thin = len(losses) // 4000 + 1  # a long curve takes memory, and shows no more
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     steps = np.arange(len(losses))
     curves.semilogy(steps[::thin], losses[::thin], "tab:blue", alpha=0.25, linewidth=0.5, label="training, each step")
