@@ -49,6 +49,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -466,14 +467,17 @@ def ssim(images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(luminance * contrast_structure, axis=[1, 2])
 
 
-def make_evaluate(autoencoder: keras.Model) -> Callable[[np.ndarray], tuple[tf.Tensor, dict[str, tf.Tensor]]]:
-    """Return the compiled function from uint8 images to reconstructions and figures of each, (batch,); PSNR in dB."""
+def make_evaluate(autoencoder: keras.Model) -> Callable[..., tuple[tf.Tensor, dict[str, tf.Tensor]]]:
+    """Return the compiled function from weights and uint8 images to reconstructions and figures of each, (batch,).
 
-    @tf.function(input_signature=[tf.TensorSpec((None, *IMAGE_SHAPE), tf.uint8)], autograph=False)
-    def evaluate(images: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-        images, half = to_float(images), tf.shape(images)[0] // 2
-        halves = images[:half], images[half:]  # side by side: at batch size 1, one does not share its work
-        reconstructions = tf.concat([autoencoder(part, training=False) for part in halves], axis=0)
+    The weights are not the autoencoder's own, since those may be trained meanwhile. PSNR is in dB.
+    """
+    shapes = [tf.TensorSpec(variable.shape) for variable in autoencoder.trainable_variables]
+
+    @tf.function(input_signature=[shapes, tf.TensorSpec((None, *IMAGE_SHAPE), tf.uint8)], autograph=False)
+    def evaluate(weights: list[tf.Tensor], images: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        images = to_float(images)
+        reconstructions, _ = autoencoder.stateless_call(weights, [], images)
         shown = tf.clip_by_value(reconstructions, 0, 1)
         return reconstructions, {
             "squared_error": squared_error(images, reconstructions),
@@ -485,9 +489,9 @@ def make_evaluate(autoencoder: keras.Model) -> Callable[[np.ndarray], tuple[tf.T
     return evaluate
 
 
-def final_figures(evaluate: Callable, data: Data, code_size: int) -> dict[str, float]:
+def final_figures(evaluate: Callable, weights: list[tf.Tensor], data: Data, code_size: int) -> dict[str, float]:
     """Return the means of the figures over all test images, beside the error of PCA with a code of the same size."""
-    figures = [evaluate(batch)[1] for batch in np.array_split(data.test, -(-len(data.test) // 500))]
+    figures = [evaluate(weights, batch)[1] for batch in np.array_split(data.test, -(-len(data.test) // 500))]
     mean = {name: float(np.mean(np.concatenate([f[name] for f in figures]), dtype=float)) for name in figures[0]}
     error, pca = mean.pop("squared_error"), pca_squared_error(data.train, data.test, min(code_size, PIXELS))
     errors = {"test_squared_error_per_image": error, "pca_squared_error_per_image": pca}
@@ -548,8 +552,8 @@ def draw_grid(originals: np.ndarray, reconstructions: np.ndarray, title: str) ->
     return picture
 
 
-def draw_summary(record: "Record") -> Figure:
-    """Return a figure: the losses on a log scale, beside the first row of test images as drawn along the run."""
+def draw_summary(record: "Record", path: Path) -> None:
+    """Draw the losses on a log scale, beside the first row of test images as drawn along the run."""
     losses = np.array(list(record.losses.values()), np.float32)
     figure = Figure(figsize=(13, 5))
     curves, digits = figure.subplots(1, 2, width_ratios=(1, 1.1))
@@ -571,7 +575,7 @@ def draw_summary(record: "Record") -> Figure:
     digits.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255)
     digits.set_yticks((np.arange(len(strips)) + 0.5) * TILE, ["original", *(f"step {step:,}" for step in steps)])
     digits.set(xticks=[], title="Test images along the run")
-    return figure
+    figure.savefig(path, dpi=100)
 
 
 # --- a run ---
@@ -686,7 +690,8 @@ def cut_events(folder: Path, end: int) -> dict[int, float]:
 class Record:
     """What a run writes as it goes: checkpoints, losses and figures for TensorBoard, pictures, lines on the terminal.
 
-    Has `losses`, of training, and `tests`, both from a step to its value.
+    Has `losses`, of training, and `tests`, both from a step to its value. What takes time and can be done beside the
+    training is done by a thread, one thing at a time.
     """
 
     def __init__(
@@ -703,6 +708,7 @@ class Record:
         events = {kind: cut_events(logs / kind, end) for kind, end in ends.items()}
         self.losses, self.tests = events["train"], events["test"]
         self.writers = {kind: tf.summary.create_file_writer(str(logs / kind)) for kind in ends}
+        self.thread, self.given = ThreadPoolExecutor(1), []
         layout = {"bar_format": "{n}/{total} |{bar}|{postfix}, {remaining} left", "file": sys.stdout}
         if "NO_COLOR" not in os.environ:
             layout["colour"] = "green"
@@ -727,9 +733,23 @@ class Record:
             rows = [f"| {key} | {value} |" for key, value in config.items()]
             tf.summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
-    def look(self, step: int) -> str:
-        """Write the test figures, the picture and the kernels after `step` updates; return the test loss, in words."""
-        reconstructions, figures = self.evaluate(self.images)
+    def weights(self) -> list[tf.Tensor]:
+        """Return the weights as they are now; later steps leave these alone."""
+        return [variable.value.read_value() for variable in self.model.trainable_variables]
+
+    def beside(self, work: Callable, *arguments: Any) -> None:
+        """Have the thread do some work, once it has done what it was given before."""
+        self.wait()
+        self.given.append(self.thread.submit(work, *arguments))
+
+    def wait(self) -> None:
+        """Wait until the thread has done its work; raises what that raised."""
+        while self.given:
+            self.given.pop().result()
+
+    def look(self, step: int, weights: list[tf.Tensor], text: str) -> None:
+        """Write the test figures, the picture and the kernels after `step` updates; report the test loss in a text."""
+        reconstructions, figures = self.evaluate(weights, self.images)
         means = {name: values.numpy().mean() for name, values in figures.items()}
         self.tests[step] = means["loss"] = means["squared_error"] / PIXELS
         words = f"test loss {self.tests[step]:.4f}"
@@ -746,14 +766,14 @@ class Record:
             add(name, value, scalar_plugin)
         width, height = (str(size).encode() for size in grid.size)
         add("reconstructions", [width, height, self.grid(step).read_bytes()], image_plugin)
-        for half in ("encoder", "decoder"):
-            for layer in self.model.get_layer(half).layers:
-                if layer.weights:
-                    counts, edges = np.histogram(layer.kernel.numpy(), bins=30)
-                    add(f"weights/{layer.name}", np.stack([edges[:-1], edges[1:], counts], axis=1), histogram_plugin)
+        for variable, value in zip(self.model.trainable_variables, weights, strict=True):
+            _, layer, kind = variable.path.split("/")
+            if kind == "kernel":
+                counts, edges = np.histogram(value.numpy(), bins=30)
+                add(f"weights/{layer}", np.stack([edges[:-1], edges[1:], counts], axis=1), histogram_plugin)
         with self.writers["test"].as_default(step=step):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
-        return words
+        self.report(step, text.format(words))
 
     def compare(self, settings: Settings, metrics: dict[str, float]) -> None:
         """Write what TensorBoard's table of runs shows: settings and final figures."""
@@ -789,7 +809,6 @@ class Record:
         """Let TensorBoard and the terminal show how far the run is."""
         self.flush()
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(int(self.state.step) - self.bar.n)
         if self.bar.disable:
             print(f"step {step:6,}  {text}", flush=True)
 
@@ -800,6 +819,7 @@ class Record:
 
     def save(self, seconds: float) -> None:
         """Write a checkpoint; `seconds` is the time that the run has taken."""
+        self.wait()
         self.flush()  # what is before a checkpoint must not be lost with what is after it
         self.state.in_all.assign(seconds)
         self.manager.save(checkpoint_number=self.state.step)
@@ -818,11 +838,14 @@ def train_stage(stage: Stage, images: np.ndarray, settings: Settings, record: Re
     train_steps = make_train_steps(stage, state.optimizer, images, settings, writer)
     while True:
         if (step % settings.sample_every == 0 or step == stage.steps) and not (whole and step in record.tests):
-            report = record.look(step) if whole else stage.name
+            text = "{}" if whole else stage.name
             if recent:
                 pace = 1e3 * float(state.in_steps / tf.cast(state.step, tf.float64))
-                report = f"loss {np.mean(recent):.4f}  {report}  {pace:.2f} ms a step"
-            record.report(step, report)
+                text = f"loss {np.mean(recent):.4f}  {text}  {pace:.2f} ms a step"
+            if whole:
+                record.beside(record.look, step, record.weights(), text)
+            else:
+                record.report(step, text)
             recent = []
         yield step
         if step == stage.steps:
@@ -838,6 +861,7 @@ def train_stage(stage: Stage, images: np.ndarray, settings: Settings, record: Re
             record.losses.update(zip(range(step, last), losses, strict=True))
         recent.extend(losses)
         state.step.assign_add(last - step)
+        record.bar.update(last - step)
         step = last
 
 
@@ -894,7 +918,7 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
         record = Record(logs, samples, data, autoencoder, state, stages)
         if step <= 0:
             record.describe(config)
-        with record.bar:
+        with record.bar, record.thread:
             for stage in stages:
                 if state.step >= stage.first + stage.steps and stage is not stages[-1]:
                     continue  # a run that goes on has done with it
@@ -905,13 +929,13 @@ def train(settings: Settings, resume: int | None = None, stop: Sequence[int] = (
                         run = logs.name if settings.log_dir == Settings.log_dir else logs
                         go_on = f"python train_ae.py --resume {run}"
                         raise KeyboardInterrupt(f"stopped at step {step:,}; to go on: {go_on}")
-
-        write_whole(samples / "summary.png", lambda part: draw_summary(record).savefig(part, dpi=100))
-        write_whole(logs / "autoencoder.keras", autoencoder.save)
-        size = math.prod(autoencoder.get_layer("encoder").output_shape[1:])
-        metrics = final_figures(record.evaluate, data, size)
-        record.compare(settings, metrics)
-        record.project(data)
+            record.beside(write_whole, samples / "summary.png", functools.partial(draw_summary, record))
+            write_whole(logs / "autoencoder.keras", autoencoder.save)
+            size = math.prod(autoencoder.get_layer("encoder").output_shape[1:])
+            metrics = final_figures(record.evaluate, record.weights(), data, size)
+            record.compare(settings, metrics)
+            record.project(data)
+            record.wait()
     timing = {"ms_per_step": 1e3 * float(state.in_steps) / int(state.step), "seconds": time.perf_counter() - started}
     metrics |= {"steps": settings.steps, **timing, "data": used}
     write_json(logs / "metrics.json", metrics)

@@ -58,7 +58,7 @@ def test_summary_shows_both_curves_and_the_digits(steps, tmp_path):
     for step in sorted({*range(0, steps, 50), steps}):
         record.tests[step] = 0.1 / (1 + step)
         draw_grid(originals, originals * step / steps, "").save(record.grid(step))
-    draw_summary(record).savefig(tmp_path / "summary.png")
+    draw_summary(record, tmp_path / "summary.png")
     pixels = np.asarray(Image.open(tmp_path / "summary.png").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # matplotlib's tab:blue and tab:orange
         assert (np.abs(pixels - colour).sum(axis=1) < 10).sum() > 50
