@@ -831,29 +831,30 @@ def train_stage(stage: Stage, images: np.ndarray, settings: Settings, record: Re
     Raises FloatingPointError for a loss that is not finite.
     """
     state, whole = record.state, stage.learning == [record.model]
-    step, recent = int(state.step) - stage.first, []
+    step, recent, pace = int(state.step) - stage.first, [], 0.0
     if step == 0:
         state.optimizer.reset()
     writer = record.writers["train" if whole else stage.name]
     train_steps = make_train_steps(stage, state.optimizer, images, settings, writer)
     while True:
+        yield step
         if (step % settings.sample_every == 0 or step == stage.steps) and not (whole and step in record.tests):
             text = "{}" if whole else stage.name
             if recent:
-                pace = 1e3 * float(state.in_steps / tf.cast(state.step, tf.float64))
                 text = f"loss {np.mean(recent):.4f}  {text}  {pace:.2f} ms a step"
             if whole:
                 record.beside(record.look, step, record.weights(), text)
             else:
                 record.report(step, text)
             recent = []
-        yield step
         if step == stage.steps:
             return
         following = (step - step % every + every for every in (settings.sample_every, settings.checkpoint_every))
         last, called = min(stage.steps, *following), time.perf_counter()
         losses = train_steps(step, last).numpy()
-        state.in_steps.assign_add(time.perf_counter() - called)
+        seconds = time.perf_counter() - called
+        state.in_steps.assign_add(seconds)
+        pace = 1e3 * seconds / (last - step)
         if not np.isfinite(losses).all():
             wrong = step + int(np.argmin(np.isfinite(losses)))
             raise FloatingPointError(f"the loss at step {wrong} is not finite; try a lower --learning-rate")
