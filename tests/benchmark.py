@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # as the script has it, whatever imports TensorFlow first
 TURNS, STEPS, CALL = 5, 1000, 50  # rounds; steps timed in each; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
 

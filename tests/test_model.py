@@ -67,6 +67,32 @@ def test_leaky_relu_has_slope_0_2_and_the_output_is_tanh_of_it(autoencoder):
     np.testing.assert_allclose(found["output"](tf.constant([-0.4, 3.0])), np.tanh([-0.4, 3.0]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"tied": True}, {"latent_dim": 30}, {"latent_dim": 30, "tied": True, "depth": 3}]
+)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_training_computes_what_keras_would_to_the_bit(options, batch, images):
+    keras.utils.set_random_seed(4)
+    autoencoder = train_ae.build_autoencoder(**options)
+    weights = [variable.value for variable in autoencoder.trainable_variables]
+    for weight in weights:
+        weight.assign_add(tf.random.normal(weight.shape, stddev=0.1))  # biases too
+    (stage,) = train_ae.plan_stages(autoencoder, train_ae.Settings())
+    found = []
+    for forward in (autoencoder, lambda values: train_ae.pass_through(stage.learning, values)):
+
+        @tf.function(autograph=False)
+        def differentiate(values, forward=forward):
+            with tf.GradientTape() as tape:
+                output = forward(values)
+                loss = train_ae.reconstruction_loss(values, output)
+            return output, *tape.gradient(loss, weights)
+
+        found.append(differentiate(tf.constant(images[:batch])))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_loss_by_hand():
     images, reconstructions = np.zeros((2, 1, 2, 3), np.float32), np.zeros((2, 1, 2, 3), np.float32)
     reconstructions[0, 0, 0] = [1, 2, 3]  # 14 summed over channels, in one of four places
