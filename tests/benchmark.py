@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # as the script has it, whatever imports TensorFlow first
-TURNS, STEPS, CALL = 5, 1000, 50  # rounds; steps timed in each; steps of a compiled call
+TURNS, STEPS, CALL = 5, 1000, 50  # rounds; images in each, more or less; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
 
 
@@ -44,13 +44,15 @@ def start(batch, threads=True):
     return autoencoder, train[np.concatenate(order)].astype(np.float32) / 255, train, steps
 
 
-def timed(run, steps):
+def timed(run, steps, batch):
     """Call `run(first, last)`, which gives losses, until all steps are done; return ms a step and all losses."""
-    losses = list(run(0, CALL))  # compiles
-    begin = time.perf_counter()
-    for first in range(CALL, steps, CALL):
-        losses.extend(run(first, min(first + CALL, steps)))
-    return {"ms": 1e3 * (time.perf_counter() - begin) / (steps - CALL), "losses": [float(loss) for loss in losses]}
+    call = CALL if batch == 1 else CALL // 5  # so that there are enough for a median
+    losses, times = list(run(0, call)), []  # the first one compiles
+    for first in range(call, steps - call + 1, call):
+        begin = time.perf_counter()
+        losses.extend(run(first, first + call))
+        times.append(time.perf_counter() - begin)
+    return {"ms": 1e3 * statistics.median(times) / call, "losses": [float(loss) for loss in losses]}
 
 
 def ours(batch):
@@ -66,7 +68,7 @@ def ours(batch):
     with tempfile.TemporaryDirectory() as folder:
         writer = tf.summary.create_file_writer(folder)
         train_steps = train_ae.make_train_steps(stage, optimizer, train, settings, writer)
-        return timed(lambda first, last: train_steps(first, last).numpy(), steps)
+        return timed(lambda first, last: train_steps(first, last).numpy(), steps, batch)
 
 
 def fit(batch, steps_per_execution=1):
@@ -85,14 +87,15 @@ def fit(batch, steps_per_execution=1):
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, step, logs=None):
-            times.append((step + 1, time.perf_counter()))
+            if (step + 1) % CALL == 0:
+                times.append(time.perf_counter())
             means.append((step + 1, logs["loss"]))  # the mean since the beginning
 
     autoencoder.fit(data, epochs=1, verbose=0, callbacks=[Watch()])
-    begin = next(entry for entry in times if entry[0] >= CALL)
     sums = [0, *(step * mean for step, mean in means)]
     losses = [after - before for before, after in itertools.pairwise(sums)] if steps_per_execution == 1 else []
-    return {"ms": 1e3 * (times[-1][1] - begin[1]) / (times[-1][0] - begin[0]), "losses": losses}
+    calls = [after - before for before, after in itertools.pairwise(times)]
+    return {"ms": 1e3 * statistics.median(calls) / CALL, "losses": losses}
 
 
 def fit_50(batch):
@@ -149,7 +152,7 @@ def torch_loop(batch, logging=False):
                 torch_picture(writer, model, images[:10], last, Path(folder))
             return losses
 
-        return timed(run, steps)
+        return timed(run, steps, batch)
 
 
 def torch_logging(batch):
@@ -262,7 +265,7 @@ def jax_scan(batch):
         state, losses = scan(state, images[first:last])
         return losses.tolist()
 
-    return timed(run, steps)
+    return timed(run, steps, batch)
 
 
 def floor(_):
