@@ -403,13 +403,14 @@ def pass_through(parts: Sequence[layers.Layer], values: tf.Tensor) -> tf.Tensor:
     """
     for layer in parts:
         if isinstance(layer, layers.Conv2D):
-            values = tf.nn.conv2d(values, layer.kernel, layer.strides, "SAME")
+            values = tf.nn.conv2d(values, layer.kernel, layer.strides, layer.padding.upper())
         elif isinstance(layer, layers.Conv2DTranspose):
             shape = layer.compute_output_shape(values.shape)
-            values = tf.nn.conv2d_transpose(values, layer.kernel, shape, layer.strides)
+            values = tf.nn.conv2d_transpose(values, layer.kernel, shape, layer.strides, layer.padding.upper())
         else:
             values = layer(values)
             continue
+        # as Keras does: another operation for one channel
         values = layer.activation(tf.nn.bias_add(values, layer.bias) if layer.filters > 1 else values + layer.bias)
     return values
 
@@ -755,13 +756,13 @@ class Record:
 
     def beside(self, work: Callable, *arguments: Any) -> None:
         """Have the thread do some work, once it has done what it was given before."""
-        self.wait()
+        self.wait(but=1)  # it may fall behind a little, and no more: each of its works holds weights
         self.given.append(self.thread.submit(work, *arguments))
 
-    def wait(self) -> None:
-        """Wait until the thread has done its work; raises what that raised."""
-        while self.given:
-            self.given.pop().result()
+    def wait(self, but: int = 0) -> None:
+        """Wait until the thread has done its work but for so many; raises what that raised."""
+        while len(self.given) > but:
+            self.given.pop(0).result()
 
     def look(self, step: int, weights: list[tf.Tensor], text: str) -> None:
         """Write the test figures, the picture and the kernels after `step` updates; report the test loss in a text."""
