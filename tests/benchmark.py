@@ -1,6 +1,6 @@
 """How fast the training loop is, beside the same model in Keras's `fit`, PyTorch and JAX.
 
-    python tests/benchmark.py            # about ten minutes; PyTorch and JAX are measured where they are installed
+    python tests/benchmark.py            # about 14 minutes; PyTorch and JAX are measured where they are installed
 
 Every measurement is a process of its own (`python tests/benchmark.py NAME [BATCH]`). The contenders take turns, and
 each figure is the median of several turns, so that what else the machine does strikes all of them alike.
