@@ -328,7 +328,7 @@ def reconstruction_loss(images: tf.Tensor, reconstructions: tf.Tensor) -> tf.Ten
 class Adam(tf.Module):
     """Adam (Kingma & Ba 2015, end of section 2) in TensorFlow's fused operation, as the article's optimizer ran it.
 
-    That is one operation a variable instead of a dozen, and a third off the time of a step on one image. Epsilon
+    That is one operation a variable instead of a dozen, and a quarter off the time of a step on one image. Epsilon
     is the article's as well: Keras's 1e-7 is of the size of the first gradients here and leads to other weights.
     """
 
