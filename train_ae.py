@@ -1019,6 +1019,8 @@ def main(arguments: Sequence[str] | None = None, stop: Sequence[int] = ()) -> in
         train(settings, resume=images, stop=stop)
         sys.stdout.flush()
     except (SettingsError, KeyboardInterrupt, FloatingPointError, OSError, tf.errors.OpError) as error:
+        with contextlib.suppress(OSError):  # where that is the error
+            sys.stdout.flush()
         print(f"{parser.prog}: {first_line(error)}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + (stop[0] if stop else signal.SIGINT)

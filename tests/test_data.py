@@ -144,6 +144,15 @@ def test_unusable_name_is_refused(name, what, tmp_path):
         load_data(Settings(dataset=name, data_dir=str(tmp_path)))
 
 
+def test_what_was_said_before_an_error_is_not_lost_in_a_pipe(no_network, tmp_path):
+    # an empty PYTHONUNBUFFERED is none: what is printed waits in Python, as it does for users
+    env = {"TFDS_DATA_DIR": str(tmp_path / "tfds"), "PYTHONUNBUFFERED": ""}
+    process = call("--steps", 10, "--batch-size", NEEDS_TFDS, cwd=tmp_path, env=env)
+    assert process.returncode == 2
+    assert "digits shipped with this script are used" in process.stdout
+    assert process.stderr.count("\n") == 1 and "more than the 4,000 training images" in process.stderr
+
+
 def test_other_set_that_cannot_be_downloaded_is_an_error(no_network, tmp_path):
     with pytest.raises(ConnectionError, match="fashion_mnist"):
         load_data(Settings(dataset="fashion_mnist", data_dir=str(tmp_path)))
