@@ -1,17 +1,26 @@
-"""How fast the training loop is, beside the same model in Keras's `fit`, PyTorch and JAX.
+"""How fast the training loop is, beside the same model in Keras's `fit`, PyTorch and JAX, and with several workers.
 
-    python tests/benchmark.py            # about 14 minutes; PyTorch and JAX are measured where they are installed
+    python tests/benchmark.py            # all of it, in about 20 minutes; PyTorch and JAX where they are installed
+    python tests/benchmark.py job        # the default run, from outside, beside the same job in PyTorch
+    python tests/benchmark.py workers    # two workers with a core each, beside one with one core
+    python tests/benchmark.py NAME [BATCH]   # one measurement, as JSON
 
-Every measurement is a process of its own (`python tests/benchmark.py NAME [BATCH]`). The contenders take turns, and
-each figure is the median of several turns, so that what else the machine does strikes all of them alike.
+Every measurement is a process of its own. What is compared takes turns, and each figure is the median of several
+turns, so that what else the machine does strikes all alike. Where PyTorch, JAX or scikit-learn are installed, Keras
+imports them, and the script starts seconds later; `--python` names the interpreter that runs the script by itself, such
+as one with what requirements.txt names and no more (default: the one that runs this).
 """
 
+import argparse
+import contextlib
+import functools
 import importlib.util
 import itertools
 import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,33 +31,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # as the script has it, whatever imports TensorFlow first
-TURNS, STEPS, CALL = 5, 1000, 50  # rounds; images in each, more or less; steps of a compiled call
+STEPS, CALL = 1000, 50  # images in a measurement, more or less; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
+TARGETS = {256: 1.7, 64: 1.25}  # how many times the images a second two workers are to do, by the batch size
 
 
-def start(batch, threads=True):
+def start(batch):
     """Return the initial weights of the default run, and its images in the order of its steps, in [0, 1]."""
+    import train_ae  # before the others, for which it sets the environment
+
+    # isort: split
     import keras
     import numpy as np
     import tensorflow as tf
 
-    import train_ae
-
     keras.utils.set_random_seed(0)
-    if threads:  # else as many as TensorFlow takes by itself
-        train_ae.set_up_tensorflow(train_ae.Settings(batch_size=batch))
-    autoencoder = train_ae.build_autoencoder()
-    train = train_ae.load_data(train_ae.Settings(dataset="mnist_5k")).train
-    steps = max(60, STEPS // batch) + CALL
-    order = [train_ae.batch_indices(tf.constant(k, tf.int64), batch, len(train), 0).numpy() for k in range(steps)]
-    return autoencoder, train[np.concatenate(order)].astype(np.float32) / 255, train, steps
+    autoencoder = train_ae.build_autoencoder((28, 28, 1))
+    train = train_ae.load_data(train_ae.Settings(dataset="mnist_5k"), 0).train
+    order = [train_ae.batch_indices(tf.constant(k, tf.int64), batch, len(train), 0) for k in range(count_steps(batch))]
+    return autoencoder, train[np.concatenate(order)].astype(np.float32) / 255
 
 
-def timed(run, steps, batch):
+def count_steps(batch):
+    """Return how many steps are measured."""
+    return max(60, STEPS // batch) + CALL
+
+
+def timed(run, batch):
     """Call `run(first, last)`, which gives losses, until all steps are done; return ms a step and all losses."""
     call = CALL if batch == 1 else CALL // 5  # so that there are enough for a median
     losses, times = list(run(0, call)), []  # the first one compiles
-    for first in range(call, steps - call + 1, call):
+    for first in range(call, count_steps(batch) - call + 1, call):
         begin = time.perf_counter()
         losses.extend(run(first, first + call))
         times.append(time.perf_counter() - begin)
@@ -57,32 +70,29 @@ def timed(run, steps, batch):
 
 def ours(batch):
     """Our loop, with its summaries."""
-    import tensorflow as tf
-
     import train_ae
+    from train_ae import tf
 
-    autoencoder, _, train, steps = start(batch)
-    settings = train_ae.Settings(batch_size=batch)
-    optimizer = train_ae.Adam([variable.value for variable in autoencoder.trainable_variables])
-    (stage,) = train_ae.plan_stages(autoencoder, settings)
-    with tempfile.TemporaryDirectory() as folder:
-        writer = tf.summary.create_file_writer(folder)
-        train_steps = train_ae.make_train_steps(stage, optimizer, train, settings, writer)
-        return timed(lambda first, last: train_steps(first, last).numpy(), steps, batch)
+    settings = train_ae.Settings(batch_size=batch, dataset="mnist_5k")
+    strategy, *_ = train_ae.make_strategy(settings)
+    with strategy.scope(), tempfile.TemporaryDirectory() as folder:
+        images = tf.constant(train_ae.load_data(settings, 0).train)
+        (phase,) = train_ae.plan_phases(train_ae.build_autoencoder(images.shape[1:]), settings)
+        train_steps = train_ae.make_train_steps(phase, images, settings, tf.summary.create_file_writer(folder))
+        return timed(lambda first, last: train_steps(first, last).numpy(), batch)
 
 
 def fit(batch, steps_per_execution=1):
     """Keras's own loop, as people write it: a tf.data pipeline, compile, fit."""
+    autoencoder, images = start(batch)
     import keras
     import tensorflow as tf
 
-    import train_ae
+    from train_ae import reconstruction_loss
 
-    autoencoder, images, *_ = start(batch, threads=False)
     data = tf.data.Dataset.from_tensor_slices((images, images)).batch(batch).prefetch(tf.data.AUTOTUNE)
     optimizer = keras.optimizers.Adam(0.001, epsilon=1e-8)
-    loss = train_ae.reconstruction_loss
-    autoencoder.compile(optimizer, loss, steps_per_execution=steps_per_execution)
+    autoencoder.compile(optimizer, reconstruction_loss, steps_per_execution=steps_per_execution)
     times, means = [], []
 
     class Watch(keras.callbacks.Callback):
@@ -131,7 +141,7 @@ def torch_loop(batch, logging=False):
     """The same model in PyTorch; one thread at batch size 1."""
     import torch
 
-    autoencoder, images, _, steps = start(batch)
+    autoencoder, images = start(batch)
     model, optimizer = torch_model(autoencoder.get_weights(), 1 if batch == 1 else 2)
     images = torch.tensor(images.transpose(0, 3, 1, 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +162,7 @@ def torch_loop(batch, logging=False):
                 torch_picture(writer, model, images[:10], last, Path(folder))
             return losses
 
-        return timed(run, steps, batch)
+        return timed(run, batch)
 
 
 def torch_logging(batch):
@@ -185,7 +195,7 @@ def torch_picture(writer, model, images, step, folder):
 
 
 def torch_job(_):
-    """The job of the default run in PyTorch, a script of its own: losses, 61 pictures and test figures, the model."""
+    """The job of the default run in PyTorch, a script of its own: losses, 61 pictures and test losses, the model."""
     import numpy as np
     import torch
 
@@ -205,9 +215,8 @@ def torch_job(_):
         for step in range(3001):
             if step % 50 == 0:
                 with torch.no_grad():
-                    square = (model(test[:100]) - test[:100]).square().mean(dim=(1, 2, 3))
-                writer.add_scalar("test_loss", square.mean().item(), step)
-                writer.add_scalar("psnr", (-10 * torch.log10(square)).mean().item(), step)
+                    loss = (model(test[:20]) - test[:20]).square().sum(dim=1).mean()
+                writer.add_scalar("test_loss", loss.item(), step)
                 torch_picture(writer, model, test[:10], step, Path(folder))
             if step == 3000:
                 break
@@ -230,9 +239,9 @@ def jax_scan(batch):
     from jax import lax
     from jax import numpy as jnp
 
-    autoencoder, images, _, steps = start(batch)
+    autoencoder, images = start(batch)
     weights = [jnp.array(w) for w in autoencoder.get_weights()]
-    images = jnp.array(images).reshape(steps, batch, 28, 28, 1)
+    images = jnp.array(images).reshape(-1, batch, 28, 28, 1)
 
     def conv(x, kernel):
         return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -265,7 +274,7 @@ def jax_scan(batch):
         state, losses = scan(state, images[first:last])
         return losses.tolist()
 
-    return timed(run, steps, batch)
+    return timed(run, batch)
 
 
 def floor(_):
@@ -291,71 +300,95 @@ def floor(_):
 def parts(_):
     """What the seconds of the default run go into."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "train_ae.py"), "--version"], check=True, capture_output=True)
-    spent = {"import (a process that does no more)": time.perf_counter() - begin}
     import train_ae
 
-    def watch(owner, name, part):
-        function = getattr(owner, name)
+    spent = {"import": time.perf_counter() - begin}
 
-        def watched(*arguments, **options):
-            begun = time.perf_counter()
+    def watched(function, part):
+        def call(*arguments, **options):
+            begin = time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
-                spent[part] = spent.get(part, 0) + time.perf_counter() - begun
+                spent[part] = spent.get(part, 0) + time.perf_counter() - begin
 
-        setattr(owner, name, watched)
+        return call
 
-    watch(train_ae, "load_data", "data")
-    watch(train_ae, "build_autoencoder", "build")
-    for name in ("describe", "project", "compare"):
-        watch(train_ae.Record, name, "graph, projector, table of runs")
-    watch(train_ae.Record, "save", "checkpoints")
-    watch(train_ae, "final_figures", "final figures and PCA")
-    watch(train_ae.keras.Model, "save", "saving the model")
-    beside = {  # the thread's work does not add to the sum
-        "look": "test figures, pictures and histograms at 61 steps, beside them",
-        "draw_summary": "summary.png, beside the final figures",
-    }
-    watch(train_ae.Record, "look", beside["look"])
-    watch(train_ae, "draw_summary", beside["draw_summary"])
+    make_train_steps = train_ae.make_train_steps
+    train_ae.make_train_steps = lambda *arguments: watched(make_train_steps(*arguments), "steps, with their summaries")
+    for owner, name, part in (
+        (train_ae, "make_strategy", "start of TensorFlow"),
+        (train_ae, "load_data", "data"),
+        (train_ae, "build_autoencoder", "model"),
+        (train_ae.Record, "log_test", "test losses and pictures"),
+        (train_ae.Record, "save", "checkpoints"),
+        (train_ae.keras.Model, "save", "saving the model"),
+        (train_ae, "compute_metrics", "metrics and PCA"),
+        (train_ae.Record, "draw", "training.gif, summary.png, latents.png"),
+    ):
+        setattr(owner, name, watched(getattr(owner, name), part))
     with tempfile.TemporaryDirectory() as folder:
-        settings = train_ae.Settings(run_name="x", log_dir=folder, sample_dir=folder + "/samples")
-        begun = time.perf_counter()
-        metrics = train_ae.train(settings)
-        whole = time.perf_counter() - begun
-    spent["3,000 steps, with tracing and summaries"] = 3 * metrics["ms_per_step"]
-    _, *others = spent  # the import is no part of train()
-    spent["the rest"] = whole - sum(spent[part] for part in others if part not in beside.values())
-    spent["all but import and steps"] = whole - 3 * metrics["ms_per_step"]
-    return {"parts": spent}
+        train = watched(train_ae.train, "the rest")
+        train(train_ae.Settings(run_name="x", log_dir=folder, sample_dir=folder + "/samples"))
+    imported, rest, *others = spent.pop("import"), spent.pop("the rest"), *spent.values()
+    return {"parts": {"import": imported} | spent | {"the rest": rest - sum(others)}}
 
 
 def script(_):
     """The default run, as users start it."""
+    command = [os.environ.get("SCRIPT_PYTHON", sys.executable), str(ROOT / "train_ae.py")]
+    env = {name: value for name, value in os.environ.items() if name not in ("TF_ENABLE_ONEDNN_OPTS", "TF_CONFIG")}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(ROOT / "train_ae.py")], cwd=folder, check=True, capture_output=True)
-    return {"mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+        begin = time.perf_counter()
+        subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+        seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+
+
+def begin_process(name, batch=1, core=None, **env):
+    """Start a measurement, on one core if it is given."""
+    pin = None if core is None else functools.partial(os.sched_setaffinity, 0, {core})
+    command, env = [sys.executable, __file__, name, str(batch)], os.environ | {"OPENBLAS_NUM_THREADS": "1"} | env
+    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=pin)
+
+
+def finish_process(process):
+    """Return what a measurement prints."""
+    output, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"{process.args[2]}: {errors.splitlines()[-1]}")
+    return json.loads(output.splitlines()[-1])
 
 
 def measure(name, batch=1):
-    """Return what a contender prints, measured in a process of its own, and the seconds of that process."""
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    if name.startswith("fit"):
-        env["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as it is unless somebody knows better
+    """Return what a contender prints, and the seconds of its process unless it gives others."""
     begin = time.perf_counter()
-    command = [sys.executable, __file__, name, str(batch)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    if process.returncode:
-        sys.exit(f"{name}: {process.stderr.splitlines()[-1]}")
-    return json.loads(process.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - begin}
+    # `fit` has oneDNN, as it is unless somebody knows better
+    found = finish_process(begin_process(name, batch, **({"TF_ENABLE_ONEDNN_OPTS": "1"} if "fit" in name else {})))
+    return {"seconds": time.perf_counter() - begin} | found
 
 
-def medians(names, batch=1, key="ms"):
+def measure_workers(batch, cores):
+    """Return the images a second of one process, or one worker, on each of some cores."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in cores]
+        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    processes = []
+    for index, core in enumerate(cores):
+        config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+        env = {"TF_CONFIG": json.dumps(config)} if len(cores) > 1 else {}
+        processes.append(begin_process("ours", batch, core, **env))
+    try:
+        return 1e3 * batch / max(finish_process(process)["ms"] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def medians(names, turns, batch=1, key="ms"):
     """Return the median of each contender's figure; they take turns."""
     found = {name: [] for name in names}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name in names:
             found[name].append(measure(name, batch)[key])
     return {name: statistics.median(values) for name, values in found.items()}
@@ -373,39 +406,83 @@ def check(names):
         print(f"{name}: the loss of ours, to {first:.0e} at first and to {mean:.1%} in the mean of 500 steps")
 
 
-def main():
-    """Measure everything and print it as the tables of the README."""
-    have = {name: importlib.util.find_spec(name) is not None for name in ("torch", "jax")}
-    torch = ["torch_loop", "torch_logging"] if have["torch"] else []
-    names = ["fit", *torch, *(["jax_scan"] if have["jax"] else [])]
+def title(name):
+    """Return what a contender is, in words."""
+    return globals()[name].__doc__.splitlines()[0].rstrip(".")
+
+
+def print_loops(turns, torch, jax):
+    """Print the loops side by side, and ours at several batch sizes."""
+    names = ["fit", *["torch_loop", "torch_logging"] * torch, *["jax_scan"] * jax]
     check(names)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    print(f"\n{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {platform.system()}\n")
-    loops = medians(["ours", "floor", "fit", "fit_50", *names[1:]])
-    print("| loop, batch size 1 | ms a step | ours ÷ it |\n|---|---|---|")
+    loops = medians(["ours", "floor", "fit_50", *names], turns)
+    print("\n| loop, batch size 1 | ms a step | ours ÷ it |\n|---|---|---|")
     for name, ms in loops.items():
-        print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {ms:.2f} | {loops['ours'] / ms:.2f} |")
-    print("\n| batch size | ms a step | images a second | ÷ PyTorch |\n|---|---|---|---|")
+        print(f"| {title(name)} | {ms:.2f} | {loops['ours'] / ms:.2f} |")
+    print("\n| batch size | ms a step | images a second | PyTorch's ms ÷ ours |\n|---|---|---|---|")
     for batch in BATCHES:
-        found = medians(["ours", *torch[:1]], batch)
+        found = medians(["ours", *["torch_loop"] * torch], turns, batch)
         ratio = f"{found['torch_loop'] / found['ours']:.2f}" if torch else ""
         print(f"| {batch} | {found['ours']:.2f} | {1e3 * batch / found['ours']:,.0f} | {ratio} |")
-    turns = [measure("parts")["parts"] for _ in range(TURNS)]
+
+
+def print_parts(turns):
+    """Print what the default run spends its time on."""
+    found = [measure("parts")["parts"] for _ in range(turns)]
     print("\n| part of the default run | seconds |\n|---|---|")
-    for part in turns[0]:
-        print(f"| {part} | {statistics.median(turn[part] for turn in turns):.2f} |")
-    jobs = medians(["script", *(["torch_job"] if torch else [])], key="seconds")
+    for part in found[0]:
+        print(f"| {part} | {statistics.median(turn[part] for turn in found):.2f} |")
+
+
+def print_job(turns, torch):
+    """Print how long the whole job takes, from outside."""
+    jobs = medians(["script", *["torch_job"] * torch], turns, key="seconds")
     print("\n| whole job, from outside | seconds |\n|---|---|")
     for name, seconds in jobs.items():
-        print(f"| {globals()[name].__doc__.splitlines()[0].rstrip('.')} | {seconds:.1f} |")
+        print(f"| {title(name)} | {seconds:.2f} |")
     print(f"\nours ÷ PyTorch {jobs['script'] / jobs['torch_job']:.2f}" if torch else "")
     print(f"peak memory {measure('script')['mb']:.0f} MB")
 
 
+def print_workers(turns):
+    """Print how much faster two workers are than one, each with a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < 2:
+        sys.exit("workers: this needs Linux and two cores")
+    print("\n| batch size | one worker: images a second | two workers | ratio | asked |\n|---|---|---|---|---|")
+    for batch, target in TARGETS.items():
+        rates = [[measure_workers(batch, cores[:count]) for count in (1, 2)] for _ in range(turns)]
+        one, two = map(statistics.median, zip(*rates, strict=True))
+        print(f"| {batch} | {one:,.0f} | {two:,.0f} | {two / one:.2f} | {target} |")
+
+
+def main():
+    """Measure what the command line names, or everything, and print it as the tables of the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="all")
+    parser.add_argument("batch", nargs="?", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--python", default=os.environ.get("SCRIPT_PYTHON", sys.executable))
+    arguments = parser.parse_args()
+    os.environ["SCRIPT_PYTHON"], turns = arguments.python, arguments.turns
+    torch, jax = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
+    tables = {
+        "loops": lambda: print_loops(turns, torch, jax),
+        "parts_table": lambda: print_parts(turns),
+        "job": lambda: print_job(turns, torch),
+        "workers": lambda: print_workers(turns),
+    }
+    if arguments.name not in (*tables, "all"):
+        print(json.dumps(globals()[arguments.name](arguments.batch)))
+        return
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    print(f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {platform.system()}")
+    for name, table in tables.items():
+        if arguments.name in (name, "all"):
+            table()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(globals()[sys.argv[1]](int(sys.argv[2]) if len(sys.argv) > 2 else 1)))
-    else:
-        main()
+    main()

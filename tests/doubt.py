@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 
 import train_ae
 
+SAMPLES = Path(train_ae.__file__).resolve().parent / "samples"
+
 
 def cases():
     """Return the first 7 of the test digits, the same with two stray pixels, and moved by 1 down and 2 to the right."""
-    with np.load(train_ae.SHIPPED_DIGITS) as file:
+    with np.load(SAMPLES / "mnist_5k.npz") as file:
         seven = file["test_images"][file["test_labels"] == 7][:1] / np.float32(255)
     stray = seven.copy()
     stray[0, [4, 24], [24, 4]] = 1  # both are black in the 7
@@ -30,7 +32,7 @@ def figures(image, other):
         "squared error": float(train_ae.squared_error(image, other)[0]),
         "shift-tolerant error": float(train_ae.shift_tolerant_error(image, other)[0]),
         "PSNR (dB)": float(tf.image.psnr(image, other, 1)[0]),
-        "SSIM": float(train_ae.ssim(image, other)[0]),
+        "SSIM": float(tf.image.ssim(image, other, 1)[0]),
     }
 
 
