@@ -181,7 +181,6 @@ def make_train_steps(phase: Phase, images: tf.Tensor, settings: "Settings", writ
     return train_steps
 
 
-# --- settings ---
 class SettingsError(Exception):
     """A setting, or what it names, that cannot be used, and what to do about it."""
 
@@ -223,13 +222,12 @@ class Settings:
                 name += f" from {low} to {high}" * (low is not None) + f", {' or '.join(choices)}" * (len(choices) > 1)
                 raise SettingsError(f"--{field.name.replace('_', '-')} must be {name}, not {value!r}")
             object.__setattr__(self, field.name, kind(value))
-        if not self.run_name:  # to the microsecond, for runs that are started together
-            object.__setattr__(self, "run_name", time.strftime("%Y-%m-%d_%H-%M-%S_") + f"{time.time() % 1:.6f}"[2:])
+        now = time.strftime("%Y-%m-%d_%H-%M-%S_") + f"{time.time() % 1:.6f}"[2:]  # for runs that start together
+        object.__setattr__(self, "run_name", self.run_name or now)
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.run_name, re.ASCII):
             raise SettingsError(f"--run-name must be 1 to 100 letters, digits, '_', '-', '.', not {self.run_name!r}")
 
 
-# --- data ---
 BUNDLED = Path(__file__).resolve().parent / "samples" / "mnist_5k.npz"
 # images are (n, height, width, channels) uint8; labels are the test images', indices into the names of classes
 Data = namedtuple("Data", "train test labels classes source")
@@ -255,20 +253,20 @@ def load_data(settings: Settings, needed: int) -> Data:
             if not labels:
                 need, free = 8 * sum(counts) * image.size / 1e9, psutil.virtual_memory().available / 1e9  # PCA's floats
                 if need > free:
-                    text = f"{sum(counts):,} images take {need:,.1f} GB of memory, and {free:,.1f} GB are free"
-                    raise SettingsError(f"{text}: use a smaller --image-size than {image.shape[0]}")
+                    text = f"{sum(counts):,} images of {image.shape} need {need:,.1f} GB of memory"
+                    raise SettingsError(f"{text}, and {free:,.1f} GB are free: use a smaller --image-size")
                 images = np.empty((sum(counts), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
                 raise SettingsError(f"images are of {images.shape[1:]} and {image.shape}: add --image-size, such as 64")
             images[len(labels)] = image
             labels.append(label)
-    except (tf.errors.OpError, zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+    except (tf.errors.OpError, zipfile.BadZipFile, zlib.error, OSError, ValueError, LookupError, EOFError) as error:
         raise OSError(f"{source} is missing or damaged: get it again ({error})") from error
     images, labels, count = images[: len(labels)], np.array(labels), counts[0]
     if not classes:  # a folder: a tenth is for testing
         order, count = np.random.default_rng(settings.seed).permutation(len(images)), len(images) * 9 // 10
         images, (classes, labels) = images[order], np.unique(labels[order], return_inverse=True)
-        images = images if (images != images[..., :1]).any() else images[..., :1]  # all are grey
+        images = images if (images != images[..., :1]).any() else np.ascontiguousarray(images[..., :1])
     if settings.batch_size > count:
         raise SettingsError(f"--batch-size {settings.batch_size} is more than the {count:,} training images: {source}")
     images = images * 255 if images.max() == 1 else images  # binary
@@ -293,14 +291,16 @@ def read_folder(folder: Path, files: Sequence[Path]) -> Iterable:
 
 def read_tfds(name: str, settings: Settings) -> tuple[Iterable, Sequence[int], Sequence[str], str]:
     """Return pairs of image and label, how many are to train and to test on, names of the classes, a description."""
-    import requests  # these two here, since the default run does not need the second that they take
+    import absl.logging  # these are here, since the default run does not need the second that they take
+    import requests
     import tensorflow_datasets as tfds
 
+    absl.logging.set_verbosity("error")  # TFDS warns of its own calls
     try:
         builder = tfds.builder(name, data_dir=settings.data_dir or None)
         image, label = (dict(builder.info.features).get(key) for key in ("image", "label"))
     except Exception as error:  # TFDS has one for each way in which a name can be wrong
-        raise SettingsError(f"--dataset {name} is neither a folder nor known to TFDS: {error}") from error
+        raise SettingsError(f"--dataset {name} is no folder, nor a set of TFDS {settings.data_dir}: {error}") from error
     if not isinstance(image, tfds.features.Image) or image.shape[2] not in (1, 3) or image.np_dtype != np.uint8:
         raise SettingsError(f"--dataset {name} must have an `image` of uint8 with 1 or 3 channels, not {image}")
     if not builder.is_prepared():
@@ -309,7 +309,9 @@ def read_tfds(name: str, settings: Settings) -> tuple[Iterable, Sequence[int], S
             builder.download_and_prepare()  # without the line before, it would try for minutes
         except Exception as error:  # whatever broke the download
             text = f"{name} is not in {builder.data_dir} nor to be had from {url}: prepare it elsewhere (see README)"
-            raise ConnectionError(text + ", or use --dataset mnist_5k" * (name == "mnist")) from error
+            raise ConnectionError(text + ", or use --dataset mnist_5k" * (name == "mnist") + f" ({error})") from error
+    if "train" not in builder.info.splits:
+        raise SettingsError(f"--dataset {name} has no split named train, but {', '.join(builder.info.splits)}")
     splits, labelled = builder.info.splits, isinstance(label, tfds.features.ClassLabel)
     held_out = next((part for part in ("test", "validation") if part in splits), "train[90%:]")
     parts, fixed = ("train" if held_out in splits else "train[:90%]", held_out), None not in image.shape
@@ -318,7 +320,7 @@ def read_tfds(name: str, settings: Settings) -> tuple[Iterable, Sequence[int], S
     batches = (batch for part in parts for batch in tfds.as_numpy(builder.as_dataset(split=part, **options)))
     pairs = (zip(batch["image"], batch.get("label", repeat(0)), strict=False) for batch in batches)
     counts, classes = [splits[part].num_examples for part in parts], label.names if labelled else [""]
-    source = f"{builder.info.full_name} in {builder.data_dir}, tested on {held_out},"
+    source = f"{builder.info.full_name} in {builder.data_dir} (tested on {held_out})"
     return chain.from_iterable(pairs), counts, classes, source
 
 
@@ -361,7 +363,6 @@ def compute_metrics(evaluate: Callable, data: Data) -> tuple[dict[str, float | N
     return metrics | {"pca_squared_error": error, "latent_size": latents.shape[1]}, latents, components
 
 
-# --- what is written ---
 GAP, TITLE, BACKGROUND = 6, 28, 32  # of a grid: pixels, and a grey that suits any page
 
 
@@ -399,8 +400,9 @@ class Record:
         self.images = data.test[[*dict.fromkeys([*firsts, *range(min(20, len(data.test)))])][:20]]
         names = [*(phase.name for phase in phases), "test", "metrics"]
         self.writers = {name: tf.summary.create_file_writer(str(logs / name)) for name in names}
-        signature = [tf.TensorSpec(self.autoencoder.input_shape, tf.uint8)]
-        self.evaluate = tf.function(self.run_model, input_signature=signature, autograph=False)
+        self.evaluate = tf.function(
+            self.run_model, [tf.TensorSpec(self.autoencoder.input_shape, tf.uint8)], autograph=False
+        )
 
     def run_model(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Return the latents of uint8 images, their reconstructions, and the loss."""
@@ -411,8 +413,7 @@ class Record:
     def log_test(self, step: int) -> float:
         """Write the picture and the test loss after `step` updates; return the loss."""
         (_, outputs, loss), path = self.evaluate(self.images), self.samples / f"step_{step:05}.png"
-        title = f"step {step:,}   test loss {float(loss):.4f}   originals above reconstructions"
-        grid = draw_grid(to_float(self.images), outputs, title)
+        grid = draw_grid(to_float(self.images), outputs, f"step {step:,}   test loss {float(loss):.4f}")
         write_atomically(path, grid.save)
         plugin = image_plugin.create_summary_metadata(display_name=None, description=None)
         with self.writers["test"].as_default(step=step):
@@ -494,10 +495,8 @@ class Record:
         write_atomically(self.samples / "latents.png", figure.savefig)
 
 
-# --- a run ---
-# settings, and what else is in config.json, that do not decide a run's numbers, or their last bits alone
-PLACES = {"run_name", "log_dir", "sample_dir", "data_dir", "data"}
-ENVIRONMENT = {"replicas", "tensorflow", "keras", "onednn"}
+PLACES = {"run_name", "log_dir", "sample_dir", "data_dir", "data"}  # in config.json, and without effect on numbers
+ENVIRONMENT = {"replicas", "tensorflow", "keras", "onednn"}  # with effect on their last bits alone
 
 
 def check_resume(logs: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -565,13 +564,13 @@ def make_strategy(settings: Settings) -> tuple[tf.distribute.Strategy, str, bool
         try:
             config = json.loads(os.environ["TF_CONFIG"])
             workers = [address for task in ("chief", "worker") for address in config["cluster"].get(task, [])]
-            name = config["cluster"][config["task"]["type"]][int(config["task"]["index"])]
+            name = dict(enumerate(config["cluster"][config["task"]["type"]]))[int(config["task"]["index"])]
+            device, chief = f"{name} of {len(workers)} workers", workers.index(name) == 0
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            form = '{"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}}'
-            raise SettingsError(f"TF_CONFIG must have the form {form} ({type(error).__name__}: {error})") from error
+            form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
+            raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
         print(f"worker   {name} waits for {', '.join(other for other in workers if other != name)}", flush=True)
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        device, chief = f"{name} of {len(workers)} workers", name == workers[0]
     else:
         devices = [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
         used, chief = devices if settings.batch_size > 1 else devices[:1], True  # one image cannot be divided
@@ -610,7 +609,9 @@ def train(settings: Settings) -> dict[str, Any]:
         variables = [*autoencoder.variables, *chain(*(phase.optimizer.variables for phase in phases))]
         restore(checkpoints, variables)
         done = sum(int(phase.optimizer.iterations.numpy()) for phase in phases)
-        mean = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("MEAN", tf.constant(done / 1)))
+        mean = strategy.run(
+            lambda: tf.distribute.get_replica_context().all_reduce("MEAN", tf.constant(done, tf.float64))
+        )
         if strategy.experimental_local_results(mean)[0] != done:
             raise SettingsError(f"the workers have other checkpoints than this in {logs}: let them share its folder")
         print(f"device   {device}\ndata     {len(data.train):,} and {data.test.shape} images: {data.source}")
@@ -678,8 +679,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {"action": "store_true"} if kind is bool else {"type": kind, "choices": get_args(field.type) or None}
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     try:
-        settings = Settings(**vars(parser.parse_args(arguments)))
-        train(settings)
+        train(settings := Settings(**vars(parser.parse_args(arguments))))
         return 0
     except KeyboardInterrupt as stop:
         again = [*sys.argv, *([] if "--run-name" in sys.argv else ["--run-name", settings.run_name])]
@@ -691,7 +691,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
             text = "out of memory: use a smaller --batch-size or --image-size"
         elif isinstance(error, tf.errors.OpError) and "TF_CONFIG" in os.environ:
-            text = "another worker has ended: run the same commands again to resume"
+            text = "another worker has ended, or a port is taken: run the same commands again to resume"
     print(f"{parser.prog}: {text.splitlines()[0]}", file=sys.stderr)
     return status
 

@@ -3,7 +3,9 @@
     python tests/benchmark.py            # all of it, in about 20 minutes; PyTorch and JAX where they are installed
     python tests/benchmark.py job        # the default run, from outside, beside the same job in PyTorch
     python tests/benchmark.py workers    # two workers with a core each, beside one with one core
-    python tests/benchmark.py NAME [BATCH]   # one measurement, as JSON
+    python tests/benchmark.py loops      # step by step, at several batch sizes
+    python tests/benchmark.py seconds    # what the default run spends its time on
+    python tests/benchmark.py NAME [BATCH]   # one measurement, such as `ours 8`, as JSON
 
 Every measurement is a process of its own. What is compared takes turns, and each figure is the median of several
 turns, so that what else the machine does strikes all alike. Where PyTorch, JAX or scikit-learn are installed, Keras
@@ -33,6 +35,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # as the script has it, whatever imports TensorFlow first
 STEPS, CALL = 1000, 50  # images in a measurement, more or less; steps of a compiled call
 BATCHES = (1, 8, 32, 128, 512)
+# `fit` has oneDNN, as it is unless somebody knows better; the floor is that of one core
+ONEDNN = {"TF_ENABLE_ONEDNN_OPTS": "1"}
+ENVIRONMENTS = {"fit": ONEDNN, "fit_50": ONEDNN, "floor": {"OPENBLAS_NUM_THREADS": "1"}}
 TARGETS = {256: 1.7, 64: 1.25}  # how many times the images a second two workers are to do, by the batch size
 
 
@@ -348,8 +353,8 @@ def script(_):
 def begin_process(name, batch=1, core=None, **env):
     """Start a measurement, on one core if it is given."""
     pin = None if core is None else functools.partial(os.sched_setaffinity, 0, {core})
-    command, env = [sys.executable, __file__, name, str(batch)], os.environ | {"OPENBLAS_NUM_THREADS": "1"} | env
-    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=pin)
+    command = [sys.executable, __file__, name, str(batch)]
+    return subprocess.Popen(command, env=os.environ | env, stdout=-1, stderr=-1, text=True, preexec_fn=pin)
 
 
 def finish_process(process):
@@ -363,8 +368,7 @@ def finish_process(process):
 def measure(name, batch=1):
     """Return what a contender prints, and the seconds of its process unless it gives others."""
     begin = time.perf_counter()
-    # `fit` has oneDNN, as it is unless somebody knows better
-    found = finish_process(begin_process(name, batch, **({"TF_ENABLE_ONEDNN_OPTS": "1"} if "fit" in name else {})))
+    found = finish_process(begin_process(name, batch, **ENVIRONMENTS.get(name, {})))
     return {"seconds": time.perf_counter() - begin} | found
 
 
@@ -406,13 +410,19 @@ def check(names):
         print(f"{name}: the loss of ours, to {first:.0e} at first and to {mean:.1%} in the mean of 500 steps")
 
 
+def has(module):
+    """Return whether a module is installed."""
+    return importlib.util.find_spec(module) is not None
+
+
 def title(name):
     """Return what a contender is, in words."""
-    return globals()[name].__doc__.splitlines()[0].rstrip(".")
+    return CONTENDERS[name].__doc__.splitlines()[0].rstrip(".")
 
 
-def print_loops(turns, torch, jax):
+def print_loops(turns):
     """Print the loops side by side, and ours at several batch sizes."""
+    torch, jax = has("torch"), has("jax")
     names = ["fit", *["torch_loop", "torch_logging"] * torch, *["jax_scan"] * jax]
     check(names)
     loops = medians(["ours", "floor", "fit_50", *names], turns)
@@ -434,8 +444,9 @@ def print_parts(turns):
         print(f"| {part} | {statistics.median(turn[part] for turn in found):.2f} |")
 
 
-def print_job(turns, torch):
+def print_job(turns):
     """Print how long the whole job takes, from outside."""
+    torch = has("torch")
     jobs = medians(["script", *["torch_job"] * torch], turns, key="seconds")
     print("\n| whole job, from outside | seconds |\n|---|---|")
     for name, seconds in jobs.items():
@@ -456,32 +467,32 @@ def print_workers(turns):
         print(f"| {batch} | {one:,.0f} | {two:,.0f} | {two / one:.2f} | {target} |")
 
 
+CONTENDERS = {
+    function.__name__: function
+    for function in (ours, fit, fit_50, torch_loop, torch_logging, torch_job, jax_scan, floor, parts, script)
+}
+TABLES = {"loops": print_loops, "seconds": print_parts, "job": print_job, "workers": print_workers}
+
+
 def main():
     """Measure what the command line names, or everything, and print it as the tables of the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="all")
+    parser.add_argument("name", nargs="?", default="all", choices=["all", *TABLES, *CONTENDERS], metavar="NAME")
     parser.add_argument("batch", nargs="?", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--python", default=os.environ.get("SCRIPT_PYTHON", sys.executable))
     arguments = parser.parse_args()
-    os.environ["SCRIPT_PYTHON"], turns = arguments.python, arguments.turns
-    torch, jax = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
-    tables = {
-        "loops": lambda: print_loops(turns, torch, jax),
-        "parts_table": lambda: print_parts(turns),
-        "job": lambda: print_job(turns, torch),
-        "workers": lambda: print_workers(turns),
-    }
-    if arguments.name not in (*tables, "all"):
-        print(json.dumps(globals()[arguments.name](arguments.batch)))
+    os.environ["SCRIPT_PYTHON"] = arguments.python
+    if arguments.name in CONTENDERS:
+        print(json.dumps(CONTENDERS[arguments.name](arguments.batch)))
         return
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     print(f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {platform.system()}")
-    for name, table in tables.items():
+    for name, print_table in TABLES.items():
         if arguments.name in (name, "all"):
-            table()
+            print_table(arguments.turns)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import json
 import os
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # What a user has set, before the imports below set more; pytest-xdist's workers inherit it from the first process.
 BEFORE = json.loads(os.environ.setdefault("TRAIN_AE_TESTS_ENVIRONMENT", json.dumps(dict(os.environ))))
 
@@ -43,7 +44,9 @@ def words(*arguments):
 def environment(changes):
     """Return what a process gets from a user: without what the imports above have set in this one."""
     kept = {name: value for name, value in os.environ.items() if IMPORTED.get(name) != value}
-    return kept | dict(changes)
+    return (
+        kept | {"OPENBLAS_NUM_THREADS": "1"} | dict(changes)
+    )  # else the threads of several runs get in each other's way
 
 
 def call(*arguments, cwd, env=(), prefix=()):

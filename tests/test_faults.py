@@ -136,15 +136,17 @@ def test_config_with_a_value_that_cannot_be_is_one_line_that_names_it(name, valu
     assert str(Path("logs", "x")) in error and ("config.json" in error or name in error)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"5", bytes(100), b"\xff\xfe", b'{"steps": 120}'])
+@pytest.mark.parametrize("content", [b"", b"[]", bytes(100), b'{"steps": 120}'])
 def test_damaged_metrics_are_made_anew(content, run, whole, tiny):
     (run.logs / "metrics.json").write_bytes(content)
     assert call_here(*tiny, *SHORT) == 0
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("kind", ["train", "test"])
-@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+EVENTS = [("train", damage) for damage in ("cut short", "zeroed", "one bit", "missing")]
+
+
+@pytest.mark.parametrize(("kind", "damage"), [*EVENTS, ("test", "one bit"), ("test", "empty")])
 def test_damaged_events_are_one_line_and_the_summary_is_drawn(damage, kind, run, tiny, capsys):
     (path,) = (run.logs / kind).glob("events.*")
     (DAMAGE | {"missing": Path.unlink})[damage](path)
@@ -182,7 +184,7 @@ def finite(folder):
         assert not re.search("NaN|Infinity", path.read_text()), path
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("steps", [1, 2, 20])
 def test_run_that_diverges_ends_in_one_line_whichever_update_does_it(
     steps, pictures, tmp_path, monkeypatch, capsys, recwarn
 ):
@@ -194,7 +196,6 @@ def test_run_that_diverges_ends_in_one_line_whichever_update_does_it(
     finite(tmp_path / "logs" / "x")
     assert not (tmp_path / "logs" / "x" / "metrics.json").exists()
     assert not list(recwarn)  # of NumPy, which has them for what is not finite
-    assert call_here(*arguments, "--steps", steps) == 1  # and again
 
 
 def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(run, tiny, monkeypatch, capsys):
@@ -243,7 +244,7 @@ def test_weights_that_are_not_finite_after_the_last_update_are_not_saved(kind, r
 
 
 # --- disks and folders ---
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("part", [0.02, 0.4, 0.9])
 def test_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(part, whole, tiny, tmp_path, monkeypatch, capsys):
     needed = sum(path.stat().st_size for path in whole.cwd.rglob("*") if path.is_file())
     disk = tmp_path / "disk"
@@ -313,30 +314,33 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_stop_leaves_nothing_that_a_kill_right_after_it_would_lose(whole, tiny, tmp_path, monkeypatch):
-    """The losses are on the disk before the checkpoint that says that they need not be computed again."""
-    kept, folder = train_ae.write_atomically, tmp_path / "before"
-    folder.mkdir()
+def test_stop_leaves_nothing_that_a_kill_right_after_it_would_lose(tiny, tmp_path, monkeypatch):
+    """What TensorBoard shows is on the disk before the checkpoint that says that it need not be computed again."""
+    kept, arguments = train_ae.write_atomically, [*tiny, *SHORT, "--sample-every", "33"]
+    stopped, folders = [], [tmp_path / name for name in ("alone", "stopped", "killed")]
 
     def write(path, save):
         kept(path, save)
-        if path.suffix == ".npz" and not (tmp_path / "left").exists() and stopped:
-            shutil.copytree(folder, tmp_path / "left")
+        if path.suffix == ".npz" and stopped:
+            shutil.copytree(folders[1], folders[2])
 
     def stop():
         stopped.append(True)
         raise KeyboardInterrupt(signal.SIGINT)
 
-    stopped = []
-    monkeypatch.chdir(folder)
+    for folder in folders[:2]:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    assert call_here(*arguments) == 0
+    monkeypatch.chdir(folders[1])
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train_ae.py"])
         patch.setattr(train_ae, "write_atomically", write)
-        when(patch, 100, stop)
-        assert call_here(*tiny, *SHORT) == 130
-    monkeypatch.chdir(tmp_path / "left")
-    assert call_here(*tiny, *SHORT) == 0
-    assert_same_run(whole, Finished(tmp_path / "left", "x"))
+        when(patch, 99, stop)
+        assert call_here(*arguments) == 130
+    monkeypatch.chdir(folders[2])
+    assert call_here(*arguments) == 0
+    assert_same_run(Finished(folders[0], "x"), Finished(folders[2], "x"))
 
 
 # --- memory ---

@@ -105,8 +105,8 @@ def test_killed_at_any_file_a_run_ends_as_if_left_alone(tiny, tmp_path, monkeypa
     assert {"config.json", "step_00040.png", "step_00000040.npz", "autoencoder.keras", "summary.png"} <= {*names}
     assert names.count("metrics.json") == 2
     draw = random.Random(random.SystemRandom().randrange(10**9))
-    # always these two: the first file, and the last; and two of the others
-    chosen = [next(iter(copies)), list(copies)[-1], *draw.sample(list(copies)[1:-1], 2)]
+    # always the first file and the last, and one of the others
+    chosen = [next(iter(copies)), list(copies)[-1], draw.choice(list(copies)[1:-1])]
     for name in chosen:
         print(name)
         monkeypatch.chdir(copies[name])
@@ -115,14 +115,14 @@ def test_killed_at_any_file_a_run_ends_as_if_left_alone(tiny, tmp_path, monkeypa
         assert not list(copies[name].rglob(".part-*")), name
 
 
-@pytest.mark.parametrize("number", range(1, 5))
+@pytest.mark.parametrize("number", [2, 4])
 def test_kill_between_two_folders_does_not_burn_the_name(number, tiny, here, monkeypatch):
     kept, made = Path.mkdir, set()
 
     def mkdir(path, *arguments, **options):
         kept(path, *arguments, **options)
         made.add(path)
-        if len(made) == number:  # of logs, x, checkpoints, samples and x
+        if len(made) == number:  # of logs, x in it, checkpoints, samples, x in it
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ def test_signals_of_a_terminal_stop_the_script_itself(tiny, tmp_path):
     np.testing.assert_array_equal(steps, np.arange(int(saved.stem.removeprefix("step_"))))
 
 
-@pytest.mark.parametrize(("phase", "step"), [("pretrain/conv1", 30), ("pretrain/conv2", 60), ("train", 77)])
+@pytest.mark.parametrize(("phase", "step"), [("pretrain/conv2", 60), ("train", 77)])
 def test_run_with_everything_resumes_to_the_bit(phase, step, pictures, here, monkeypatch, tmp_path_factory):
     arguments = ["--dataset", str(pictures), *EVERYTHING]
     alone = undisturbed("everything", tmp_path_factory, arguments)
@@ -298,9 +298,9 @@ def test_steps_alone_may_grow_and_the_end_is_that_of_one_run(complete, tiny, tmp
     assert complete.json("metrics.json")["steps"] == complete.json("config.json")["steps"] == 500
     assert all(path.read_bytes() == content for path, content in old.items())  # new events go to files of their own
     ours, theirs = shown(complete.logs), shown(alone.logs)
-    for key in theirs.keys() - {key for key in theirs if key[0] == "."}:
+    for key in theirs.keys() - {key for key in theirs if key[0] == "metrics"}:
         assert ours[key] == theirs[key], key
-    for key in (key for key in theirs if key[0] == "."):
+    for key in (key for key in theirs if key[0] == "metrics"):
         assert [step for step, _ in ours[key]] == [400, 500] and ours[key][-1] == theirs[key][-1]
     assert_same_weights(complete, alone)
     assert [Image.open(complete.samples / name).size for name in ("summary.png", "latents.png")]
@@ -328,16 +328,18 @@ def stopped(complete):
     return complete
 
 
-@pytest.mark.parametrize("name", ["tensorflow", "keras", "onednn", "replicas"])
-def test_other_version_is_one_line_and_the_run_goes_on(name, stopped, tiny, capsys):
-    config = stopped.json("config.json")
-    now = config[name]
-    (stopped.logs / "config.json").write_text(json.dumps(config | {name: "other"}))
+def test_other_versions_are_a_line_each_and_the_run_goes_on(stopped, left_alone, tiny, capsys):
+    now = stopped.json("config.json")
+    other = {name: f"other {name}" for name in ("tensorflow", "keras", "onednn", "replicas")}
+    (stopped.logs / "config.json").write_text(json.dumps(now | other))
     assert call_here(*tiny, *SHORT) == 0
     text = capsys.readouterr()
-    (line,) = (line for line in text.out.splitlines() if line.startswith("warning"))
-    assert f" {name} other" in line and str(now) in line and not text.err
-    assert stopped.json("config.json")[name] == now
+    lines = [line for line in text.out.splitlines() if line.startswith("warning")]
+    assert len(lines) == 4 and not text.err
+    for name, value in other.items():
+        (line,) = (line for line in lines if value in line)
+        assert f" {name} " in line and str(now[name]) in line
+    assert_same_run(left_alone, stopped)  # its config.json too, with the versions of now
 
 
 @pytest.mark.parametrize("change", ["one picture", "one more picture"])
@@ -357,7 +359,7 @@ def test_other_images_than_before_are_refused(change, stopped, tiny, capsys):
     assert call_here(*tiny, *SHORT, "--dataset", "changed") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert (" checksum " if change == "one picture" else " training_images ") in error or " checksum " in error
+    assert " checksum " in error or (" training_images " in error and change == "one more picture")
     assert state(stopped.cwd) == before
 
 

@@ -166,10 +166,7 @@ def test_last_picture_shows_the_saved_models_reconstructions(short_run, digits):
 def test_output_says_what_is_used_how_to_look_and_how_it_goes(short_run):
     assert said(short_run.process) == []
     lines = short_run.process.stdout.splitlines()
-    assert lines[0].split() == [
-        "device",
-        "/device:GPU:0" if tf.config.list_physical_devices("GPU") else "/device:CPU:0",
-    ]
+    assert lines[0].split() == ["device", f"/device:{'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}:0"]
     assert lines[1].startswith("data     4,000 and (1000, 28, 28, 1) images: MNIST")
     assert "logs/short" in lines[2] and "samples/short" in lines[2]
     assert lines[3].endswith("tensorboard --logdir logs --samples_per_plugin images=1000")

@@ -47,7 +47,7 @@ def get(logs, default_run):
             with opener.open(f"{address}data/{path}?{urlencode(query)}", timeout=60) as answer:
                 return answer.read()
 
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not loaded(fetch):
             assert time.monotonic() < deadline, "the server has not read the runs"
             time.sleep(0.3)

@@ -69,13 +69,13 @@ class Job:
 
 @pytest.fixture(scope="module")
 def run():
-    """A function that runs jobs all at once, to their end or for 150 seconds."""
+    """A function that runs jobs all at once, to their end or for 240 seconds."""
     command = [sys.executable, str(ROOT / "tests" / "nursery.py")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=environment(ENVIRONMENT), start_new_session=True, **pipes)
 
     def run(*jobs):
-        print(json.dumps([[each for job in jobs for each in job.processes], 150]), file=process.stdin, flush=True)
+        print(json.dumps([[each for job in jobs for each in job.processes], 240]), file=process.stdin, flush=True)
         ends = iter(json.loads(process.stdout.readline()))
         for job in jobs:
             job.ended([next(ends) for _ in job.processes])
