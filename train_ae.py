@@ -13,9 +13,8 @@ import os
 import signal
 
 # These act at import. On one image, a step with oneDNN takes four times as long; the collector would find nothing.
-os.environ |= {"KERAS_BACKEND": "tensorflow", "MPLBACKEND": "agg"}
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+defaults = {"TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
+os.environ |= defaults | os.environ | {"KERAS_BACKEND": "tensorflow", "MPLBACKEND": "agg"}
 gc.disable()
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
@@ -121,8 +120,7 @@ def plan_phases(autoencoder: keras.Model, settings: "Settings") -> list[Phase]:
     for name, frozen, model, steps in [*parts, ("train", None, autoencoder, settings.steps)]:
         cosine = keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)  # Loshchilov & Hutter 2017
         rate = cosine if settings.schedule == "cosine" else settings.learning_rate
-        # the article's epsilon: Keras's 1e-7 is of the size of the first gradients and leads to other weights
-        phases.append(Phase(name, frozen, model, FusedAdam(rate, epsilon=1e-8), steps))
+        phases.append(Phase(name, frozen, model, FusedAdam(rate, epsilon=1e-8), steps))  # the article's epsilon
         phases[-1].optimizer.build(model.trainable_variables)
     return phases
 
@@ -219,7 +217,9 @@ class Settings:
             name, choices = kind.__name__, get_args(field.type) or [value]
             valid = isinstance(value, types[kind]) and isinstance(value, bool) == (kind is bool) and value in choices
             if not valid or (low is not None and not low <= value <= high):
-                name += f" from {low} to {high}" * (low is not None) + f", {' or '.join(choices)}" * (len(choices) > 1)
+                name += f" from {low} to {high}" * (low is not None) + f", {' or '.join(map(str, choices))}" * (
+                    len(choices) > 1
+                )
                 raise SettingsError(f"--{field.name.replace('_', '-')} must be {name}, not {value!r}")
             object.__setattr__(self, field.name, kind(value))
         now = time.strftime("%Y-%m-%d_%H-%M-%S_") + f"{time.time() % 1:.6f}"[2:]  # for runs that start together
@@ -229,8 +229,7 @@ class Settings:
 
 
 BUNDLED = Path(__file__).resolve().parent / "samples" / "mnist_5k.npz"
-# images are (n, height, width, channels) uint8; labels are the test images', indices into the names of classes
-Data = namedtuple("Data", "train test labels classes source")
+Data = namedtuple("Data", "train test labels classes source")  # images are (n, height, width, channels) uint8
 
 
 def load_data(settings: Settings, needed: int) -> Data:
@@ -413,6 +412,8 @@ class Record:
     def log_test(self, step: int) -> float:
         """Write the picture and the test loss after `step` updates; return the loss."""
         (_, outputs, loss), path = self.evaluate(self.images), self.samples / f"step_{step:05}.png"
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the test loss after step {step:,} is not finite: use a lower --learning-rate")
         grid = draw_grid(to_float(self.images), outputs, f"step {step:,}   test loss {float(loss):.4f}")
         write_atomically(path, grid.save)
         plugin = image_plugin.create_summary_metadata(display_name=None, description=None)
@@ -502,10 +503,11 @@ ENVIRONMENT = {"replicas", "tensorflow", "keras", "onednn"}  # with effect on th
 def check_resume(logs: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return config.json, {} if none; warn of other versions. Raises SettingsError for other settings or images."""
     try:
-        before = dict(json.loads((logs / "config.json").read_bytes()))
-    except FileNotFoundError:
+        before = json.loads((logs / "config.json").read_bytes())
+        Settings(**{name: before[name] for name in vars(Settings()) if before["training_images"] > 0})
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, SettingsError) as error:
         raise SettingsError(f"{logs / 'config.json'} is damaged: remove {logs} to begin anew ({error})") from error
     longer = config["schedule"] == "constant" and before.get("steps", 0) < config["steps"]
     for name in sorted(config.keys() & before.keys() - PLACES):
@@ -554,8 +556,7 @@ def make_strategy(settings: Settings) -> tuple[tf.distribute.Strategy, str, bool
     tf.get_logger().setLevel("ERROR")
     gpus = tf.config.list_physical_devices("GPU")
     with contextlib.suppress(RuntimeError):  # a program that has used TensorFlow before has settled these
-        # a sum depends on how many threads share it, so their number is fixed; one image is too little to share
-        tf.config.threading.set_intra_op_parallelism_threads(1 if settings.batch_size == 1 else 4)
+        tf.config.threading.set_intra_op_parallelism_threads(1 if settings.batch_size == 1 else 4)  # sums depend on it
         tf.config.threading.set_inter_op_parallelism_threads(2)
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
@@ -602,8 +603,7 @@ def train(settings: Settings) -> dict[str, Any]:
     config |= {"checksum": f"{zlib.crc32(data.train):08x}", "replicas": strategy.num_replicas_in_sync}
     config |= {"tensorflow": tf.__version__, "keras": keras.__version__, "onednn": os.environ["TF_ENABLE_ONEDNN_OPTS"]}
     check_resume(logs, config)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(strategy.scope())
+    with contextlib.ExitStack() as stack, strategy.scope():
         phases = plan_phases(build_autoencoder(data.train.shape[1:], settings.depth, settings.latent_dim), settings)
         autoencoder, total = phases[-1].model, sum(phase.steps for phase in phases)
         variables = [*autoencoder.variables, *chain(*(phase.optimizer.variables for phase in phases))]
@@ -624,7 +624,7 @@ def train(settings: Settings) -> dict[str, Any]:
             logs = samples = checkpoints = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
         record, images = Record(logs, samples, settings, data, phases), tf.constant(data.train)
         width = shutil.get_terminal_size().columns - 1  # 80 where a terminal knows no size
-        bar = stack.enter_context(tqdm(total=total, initial=done, disable=None, file=sys.stdout, ncols=width))
+        bar = stack.enter_context(tqdm(total=total, initial=done, disable=None, file=sys.stdout, ncols=width, nrows=24))
         at_once = max(1, min(50, 2_000_000 // (settings.batch_size * data.train[0].size)))
 
         def interrupt(number: int, _: Any) -> None:
@@ -660,8 +660,8 @@ def train(settings: Settings) -> dict[str, Any]:
             write_atomically(logs / "metrics.json", lambda part: part.write_text(json.dumps(metrics, indent=2)))
             record.log_hparams(metrics)
             record.draw(latents, components)
-        except KeyboardInterrupt:
-            record.save(checkpoints, variables, done)
+        except KeyboardInterrupt:  # which may come after some steps and before they count as done
+            record.save(checkpoints, variables, sum(int(phase.optimizer.iterations.numpy()) for phase in phases))
             raise
         metrics["seconds"] = time.perf_counter() - started  # the last line of a run that is complete
         write_atomically(logs / "metrics.json", lambda part: part.write_text(json.dumps(metrics, indent=2)))
@@ -672,7 +672,7 @@ def train(settings: Settings) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as a command line says; return the exit status: 0, 1 for a failed run, 2 for a bad call, 128 + a signal."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the usage above it
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message.splitlines()[0]}\n")
     for field in dataclasses.fields(Settings):
         kind, text = type(field.default), field.metadata["help"]
         text += f" (default: {field.default})" * (field.default != "" and kind is not bool)

@@ -32,6 +32,12 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Initial weights are the same in every run of the tests."""
+    keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(scope="module")
 def autoencoder():
     keras.utils.set_random_seed(3)

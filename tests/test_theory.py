@@ -22,6 +22,12 @@ from train_ae import Data, Settings, build_autoencoder, compute_metrics, main, p
 PAIRS = [("conv1", "deconv4"), ("conv2", "deconv3"), ("conv3", "deconv2"), ("conv4", "deconv1"), ("latent", "expand")]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Initial weights are the same in every run of the tests."""
+    keras.utils.set_random_seed(0)
+
+
 def pairs_of(weights):
     """Return the names of the layers of each pair, from the outside in."""
     depth = sum(name.startswith("conv") and name.endswith("kernel") for name in weights)
