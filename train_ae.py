@@ -299,7 +299,7 @@ def read_tfds(name: str, settings: Settings) -> tuple[Iterable, Sequence[int], S
         builder = tfds.builder(name, data_dir=settings.data_dir or None)
         image, label = (dict(builder.info.features).get(key) for key in ("image", "label"))
     except Exception as error:  # TFDS has one for each way in which a name can be wrong
-        raise SettingsError(f"--dataset {name} is no folder, nor a set of TFDS {settings.data_dir}: {error}") from error
+        raise SettingsError(f"--dataset {name!r} is no folder, nor set of TFDS {settings.data_dir}: {error}") from error
     if not isinstance(image, tfds.features.Image) or image.shape[2] not in (1, 3) or image.np_dtype != np.uint8:
         raise SettingsError(f"--dataset {name} must have an `image` of uint8 with 1 or 3 channels, not {image}")
     if not builder.is_prepared():
@@ -564,7 +564,7 @@ def make_strategy(settings: Settings) -> tuple[tf.distribute.Strategy, str, bool
     if "TF_CONFIG" in os.environ:
         try:
             config = json.loads(os.environ["TF_CONFIG"])
-            workers = [address for task in ("chief", "worker") for address in config["cluster"].get(task, [])]
+            workers = [w for task in ("chief", "worker") for w in config["cluster"].get(task, []) if w.rindex(":")]
             name = dict(enumerate(config["cluster"][config["task"]["type"]]))[int(config["task"]["index"])]
             device, chief = f"{name} of {len(workers)} workers", workers.index(name) == 0
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -12,6 +12,7 @@ BEFORE = json.loads(os.environ.setdefault("TRAIN_AE_TESTS_ENVIRONMENT", json.dum
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import filelock
@@ -76,7 +77,14 @@ class Process(subprocess.Popen):
 
 
 def call_here(*arguments):
-    """Run the script's main() in this process and folder; return its exit status."""
+    """Run the script's main() in this process and folder; return its exit status.
+
+    TensorBoard reads a run's event files in the order of the seconds in their names, so a second call in a folder waits
+    for the next one. Two processes cannot meet: the imports take longer.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in Path.cwd().rglob("events.out.tfevents.*")]
+    while seconds and int(time.time()) <= max(seconds):
+        time.sleep(0.02)
     try:
         return train_ae.main([*map(str, arguments)])
     except SystemExit as stop:

@@ -195,7 +195,7 @@ def test_a_resumed_run_keeps_its_images_where_more_steps_would_need_more(workpla
     monkeypatch.setattr(train_ae, "load_data", look)
     (workplace / "logs" / "x").mkdir(parents=True)
     for images in (4000, 60_000):
-        config = {"steps": 4000, "dataset": "mnist", "training_images": images}
+        config = vars(train_ae.Settings(steps=4000, run_name="x")) | {"training_images": images}
         (workplace / "logs" / "x" / "config.json").write_text(json.dumps(config))
         assert train_ae.main(["--run-name", "x", "--steps", "9000"]) == 2
         assert capsys.readouterr().err.endswith(f"needs {images} of mnist\n")
