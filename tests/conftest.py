@@ -155,6 +155,18 @@ def once(factory, name, make):
         return pickle.loads(made.read_bytes())
 
 
+def made(factory, name, arguments):
+    """Return a run by the name of x, made within one process."""
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(folder)
+            assert call_here(*arguments) == 0
+        return Finished(folder, "x")
+
+    return once(factory, name, make)
+
+
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
     """The run that `python train_ae.py` makes."""

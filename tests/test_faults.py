@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Finished, assert_same_run, assert_same_weights, call_here, once
+from conftest import Finished, assert_same_run, assert_same_weights, call_here, made
 from events import scalars
 from PIL import Image
 
@@ -33,18 +33,6 @@ def flip(content):
     """Return bytes with one bit of their middle turned over."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-
-
-def made(factory, name, arguments):
-    """Return a run made within this process."""
-
-    def make(folder):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.chdir(folder)
-            assert call_here(*arguments) == 0
-        return Finished(folder, "x")
-
-    return once(factory, name, make)
 
 
 @pytest.fixture(scope="session")

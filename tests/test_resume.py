@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from conftest import Finished, assert_same_run, assert_same_weights, call_here, once, said, start, wait_for
+from conftest import Finished, assert_same_run, assert_same_weights, call_here, made, said, start, wait_for
 from events import scalars, shown
 from PIL import Image
 
@@ -26,21 +26,9 @@ EVERYTHING = ["--depth", "2", "--latent-dim", "5", "--tied", "--pretrain-steps",
 EVERYTHING += ["--batch-size", "7", "--run-name", "x", "--steps", "130", "--checkpoint-every", "60"]
 
 
-def undisturbed(name, factory, arguments):
-    """Return a run that was left alone, made within this process."""
-
-    def make(folder):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.chdir(folder)
-            assert call_here(*arguments) == 0
-        return Finished(folder, "x")
-
-    return once(factory, name, make)
-
-
 @pytest.fixture(scope="session")
 def left_alone(tiny, tmp_path_factory):
-    return undisturbed("left_alone", tmp_path_factory, [*tiny, *SHORT])
+    return made(tmp_path_factory, "left_alone", [*tiny, *SHORT])
 
 
 @pytest.fixture
@@ -204,7 +192,7 @@ def test_signals_of_a_terminal_stop_the_script_itself(tiny, tmp_path):
 @pytest.mark.parametrize(("phase", "step"), [("pretrain/conv2", 60), ("train", 77)])
 def test_run_with_everything_resumes_to_the_bit(phase, step, pictures, here, monkeypatch, tmp_path_factory):
     arguments = ["--dataset", str(pictures), *EVERYTHING]
-    alone = undisturbed("everything", tmp_path_factory, arguments)
+    alone = made(tmp_path_factory, "everything", arguments)
     with monkeypatch.context() as patch:
         signal_at(patch, phase, step, signal.SIGINT)
         assert call_here(*arguments) == 130
@@ -289,7 +277,7 @@ def test_moved_and_renamed_run_resumes(complete, left_alone, tiny, capsys):
 
 def test_steps_alone_may_grow_and_the_end_is_that_of_one_run(complete, tiny, tmp_path_factory, capsys):
     longer = [*tiny, *SHORT, "--steps", "500"]
-    alone = undisturbed("longer", tmp_path_factory, longer)
+    alone = made(tmp_path_factory, "longer", longer)
     capsys.readouterr()
     old = {path: path.read_bytes() for path in complete.logs.rglob("events.*")}
     assert call_here(*longer) == 0
