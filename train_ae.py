@@ -47,6 +47,7 @@ from keras import layers
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams.api import hparams
 from tensorboard.plugins.image import metadata as image_plugin
 from tqdm import tqdm
@@ -140,7 +141,7 @@ def to_float(images: tf.Tensor) -> tf.Tensor:
 def make_train_steps(phase: Phase, images: tf.Tensor, settings: "Settings", writer: Any) -> Callable:
     """Return the compiled function that trains on uint8 images from step `first` to before `last`: to their losses."""
     strategy, variables = tf.distribute.get_strategy(), phase.model.trainable_variables
-    replicas = strategy.num_replicas_in_sync
+    replicas, tag = strategy.num_replicas_in_sync, "loss" if phase.name == "train" else "loss/pretraining"
     transpose = {2: tf.transpose, 4: tf.identity}  # of the kernels of dense layers, and of convolutions
     kernels = [variable for variable in variables if variable.name == "kernel"]
     twins = list(zip(kernels, kernels[::-1], strict=True))[: len(kernels) // 2 * settings.tied]
@@ -168,7 +169,7 @@ def make_train_steps(phase: Phase, images: tf.Tensor, settings: "Settings", writ
         for kernel, twin in twins:  # a tied kernel of the decoder is the encoder's, transposed where it is dense
             twin.assign(transpose[len(kernel.shape)](kernel.value))
         with tf.name_scope("/"):  # else the loop is part of the tag: while/loss
-            tf.summary.scalar("loss", loss, step)
+            tf.summary.scalar(tag, loss, step)
         return loss
 
     @tf.function(input_signature=[tf.TensorSpec((), tf.int64)] * 2, autograph=False)
@@ -214,13 +215,11 @@ class Settings:
         types = {int: (int, np.integer), float: (int, float, np.number), str: (str, os.PathLike), bool: bool}
         for field in dataclasses.fields(self):
             value, kind, (low, high) = getattr(self, field.name), type(field.default), field.metadata["range"]
-            name, choices = kind.__name__, get_args(field.type) or [value]
-            valid = isinstance(value, types[kind]) and isinstance(value, bool) == (kind is bool) and value in choices
-            if not valid or (low is not None and not low <= value <= high):
-                name += f" from {low} to {high}" * (low is not None) + f", {' or '.join(map(str, choices))}" * (
-                    len(choices) > 1
-                )
-                raise SettingsError(f"--{field.name.replace('_', '-')} must be {name}, not {value!r}")
+            choices = get_args(field.type)
+            valid = isinstance(value, types[kind]) and isinstance(value, bool) == (kind is bool)
+            if not valid or (low is not None and not low <= value <= high) or (choices and value not in choices):
+                allowed = " or ".join(choices) or kind.__name__ + f" from {low} to {high}" * (low is not None)
+                raise SettingsError(f"--{field.name.replace('_', '-')} must be {allowed}, not {value!r}")
             object.__setattr__(self, field.name, kind(value))
         now = time.strftime("%Y-%m-%d_%H-%M-%S_") + f"{time.time() % 1:.6f}"[2:]  # for runs that start together
         object.__setattr__(self, "run_name", self.run_name or now)
@@ -344,14 +343,14 @@ def fit_pca(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_metrics(evaluate: Callable, data: Data) -> tuple[dict[str, float | None], np.ndarray, np.ndarray | None]:
-    """Return means over the test images (PSNR in dB, errors as sums over an image), their latents and components."""
+    """Return means over the test images (errors summed over each, PSNR up to 100 dB), their latents and components."""
     rows, latents, components = [], [], []
     pca = fit_pca(data.train) if data.train[0].size <= 4096 else None  # more would take minutes
-    for batch in np.array_split(data.test, -(-data.test.size // 400_000)):
+    for batch in np.array_split(data.test, -(-data.test.size // 100_000)):
         images, (codes, outputs, loss) = to_float(batch), evaluate(batch)
         shown, latents = tf.clip_by_value(outputs, 0, 1), [*latents, np.reshape(codes, (len(batch), -1))]
         row = {metric.__name__: metric(images, outputs) for metric in (squared_error, shift_tolerant_error)}
-        rows += [{"test_loss": [loss] * len(batch)} | row | {"psnr": tf.image.psnr(images, shown, 1)}]
+        rows += [{"test_loss": [loss] * len(batch)} | row | {"psnr": tf.minimum(tf.image.psnr(images, shown, 1), 100)}]
         if len(rows) == 1:  # since it takes as long as all the rest
             rows[0]["ssim"] = tf.image.ssim(images, shown, 1, filter_size=min(11, *images.shape[1:3]))
         if pca:
@@ -415,14 +414,15 @@ class Record:
         if not np.isfinite(loss):
             raise FloatingPointError(f"the test loss after step {step:,} is not finite: use a lower --learning-rate")
         grid = draw_grid(to_float(self.images), outputs, f"step {step:,}   test loss {float(loss):.4f}")
-        write_atomically(path, grid.save)
+        write_atomically(path, lambda part: grid.save(part, compress_level=1))  # the default takes twice the time
         plugin = image_plugin.create_summary_metadata(display_name=None, description=None)
         with self.writers["test"].as_default(step=step):
             tf.summary.scalar("loss", loss)
             tf.summary.write("reconstructions", tf.constant([*map(str, grid.size), path.read_bytes()]), metadata=plugin)
             for variable in self.autoencoder.variables:
                 if variable.name == "kernel" and step % self.settings.checkpoint_every == 0:
-                    tf.summary.histogram(f"weights/{variable.path.split('/')[-2]}", variable.value)
+                    histogram = histogram_pb(f"weights/{variable.path.split('/')[-2]}", variable.numpy())
+                    tf.summary.experimental.write_raw_pb(histogram.SerializeToString())
         return float(loss)
 
     def save(self, folder: Path, variables: Sequence[keras.Variable], step: int) -> None:
@@ -438,8 +438,8 @@ class Record:
 
     def log_hparams(self, metrics: dict[str, Any]) -> None:
         """Write a row of TensorBoard's table of runs: learning rate, settings that are not the default, and metrics."""
-        other = {key: value for key, value in vars(self.settings).items() if value != getattr(Settings, key)}
-        chosen = {key: other[key] for key in other.keys() - PLACES - {"steps"}}  # steps may grow when a run is resumed
+        values, hidden = vars(self.settings), PLACES | {"steps"}  # steps may grow when a run is resumed
+        chosen = {key: values[key] for key in sorted(values.keys() - hidden) if values[key] != getattr(Settings, key)}
         with self.writers["metrics"].as_default(step=self.settings.steps):
             hparams({"learning_rate": self.settings.learning_rate} | chosen, trial_id=self.settings.run_name)
             for name, value in metrics.items():
@@ -449,7 +449,7 @@ class Record:
     def read_losses(self, name: str) -> np.ndarray:
         """Return steps and losses of a phase, or of the test images, (2, n), from TensorBoard's events."""
         events = EventAccumulator(str(self.logs / name), size_guidance={"tensors": 0}).Reload()
-        found = events.Tensors("loss") if "loss" in events.Tags()["tensors"] else []
+        found = [event for tag in events.Tags()["tensors"] if tag.startswith("loss") for event in events.Tensors(tag)]
         losses = {event.step: tf.make_ndarray(event.tensor_proto).item() for event in found}  # the last one of a step
         return np.array(sorted(losses.items())).reshape(-1, 2).T
 
@@ -458,10 +458,10 @@ class Record:
         """Write training.gif, summary.png, and latents.png: test images as points, as Hinton & Salakhutdinov (2006)."""
         paths = sorted(self.samples.glob("step_*.png"), key=lambda path: int(path.stem.removeprefix("step_")))
         chosen = dict.fromkeys(paths[place - 1] for place in np.geomspace(1, len(paths), 30).astype(int))
-        first, *others = (Image.open(path).quantize(16) for path in chosen)
+        first, *others = (Image.open(path).quantize(method=Image.Quantize.FASTOCTREE) for path in chosen)
         options = {"save_all": True, "append_images": others, "duration": [300] * len(others) + [3000], "loop": 0}
         write_atomically(self.samples / "training.gif", lambda part: first.save(part, **options))
-        axes, start = (figure := Figure(figsize=(9, 5), layout="tight")).subplots(), 0
+        axes, start = (figure := Figure(figsize=(9, 5))).add_axes((0.07, 0.1, 0.91, 0.83)), 0
         for phase in reversed(self.phases):  # pretraining stands left of step 0
             (steps, losses), pretraining = self.read_losses(phase.name), phase.name != "train"
             if missing := phase.steps - len(steps):
@@ -623,7 +623,7 @@ def train(settings: Settings) -> dict[str, Any]:
         else:
             logs = samples = checkpoints = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
         record, images = Record(logs, samples, settings, data, phases), tf.constant(data.train)
-        width = shutil.get_terminal_size().columns - 1  # 80 where a terminal knows no size
+        width = (shutil.get_terminal_size().columns or 80) - 1  # some terminals have none
         bar = stack.enter_context(tqdm(total=total, initial=done, disable=None, file=sys.stdout, ncols=width, nrows=24))
         at_once = max(1, min(50, 2_000_000 // (settings.batch_size * data.train[0].size)))
 

@@ -20,8 +20,14 @@ def read(folder):
     return reader
 
 
-def scalars(folder, tag):
-    """Return the steps and the values of a scalar; where a step was done twice, the last ones."""
+def loss_tag(folder):
+    """Return the tag of the loss in a folder of a run; that of pretraining stands in a chart of its own."""
+    return "loss/pretraining" if "pretrain" in Path(folder).parts else "loss"
+
+
+def scalars(folder, tag=None):
+    """Return the steps and the values of a scalar, by default the loss; where a step was done twice, the last ones."""
+    tag = tag or loss_tag(folder)
     events = {event.step: event for event in read(folder).Tensors(tag)}
     steps = sorted(events)
     return np.array(steps), np.array([tensor_util.make_ndarray(events[step].tensor_proto).item() for step in steps])

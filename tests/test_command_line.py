@@ -16,8 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Finished, Run, assert_same_run, call, call_here, environment, said, start, wait_for, words
 from hypothesis import HealthCheck, example, given, settings, strategies
+from runs import (
+    ROOT,
+    Finished,
+    Run,
+    assert_same_run,
+    call,
+    call_here,
+    environment,
+    made,
+    said,
+    start,
+    wait_for,
+    words,
+)
 
 import train_ae
 from train_ae import Settings, SettingsError
@@ -164,16 +177,6 @@ def test_unnamed_runs_have_names_of_their_own_that_tell_the_time():
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}", name) for name in names)
 
 
-def test_two_unnamed_runs_started_together_do_not_meet(tiny, tmp_path):
-    with start(*tiny, "--steps", 2, cwd=tmp_path) as one, start(*tiny, "--steps", 2, cwd=tmp_path) as other:
-        for process in (one, other):
-            _, error = process.communicate()
-            assert process.returncode == 0, error
-    names = {path.name for path in (tmp_path / "logs").iterdir()}
-    assert len(names) == 2 and names == {path.name for path in (tmp_path / "samples").iterdir()}
-    assert all((tmp_path / "logs" / name / "metrics.json").is_file() for name in names)
-
-
 def test_bad_call_of_the_script_is_one_line_with_its_name(tmp_path):
     process = call("--steps", 0, cwd=tmp_path)
     assert process.returncode == 2 and not process.stdout
@@ -257,7 +260,7 @@ def test_terminal_of_any_size_shows_one_bar_and_no_plain_lines(rows, columns, ti
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
     """A run with nothing special about it."""
-    return Run(tmp_path_factory.mktemp("plain"), "x", *tiny, "--steps", 60, "--batch-size", 4)
+    return made(tmp_path_factory, "plain", ["--run-name", "x", *tiny, "--steps", 60])
 
 
 def test_what_a_user_has_set_for_other_programs_changes_nothing(plain, tiny, tmp_path):
@@ -269,13 +272,13 @@ def test_what_a_user_has_set_for_other_programs_changes_nothing(plain, tiny, tmp
     (home / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 31\naxes.facecolor: red\n")
     environment = {"HOME": str(home), "KERAS_HOME": str(home / ".keras"), "MATPLOTLIBRC": str(home / "matplotlibrc")}
     environment |= {"MPLBACKEND": "nonsense", "KERAS_BACKEND": "torch", "COLUMNS": "0"}
-    other = Run(tmp_path, "x", *tiny, "--steps", 60, "--batch-size", 4, env=environment)
+    other = Run(tmp_path, "x", *tiny, "--steps", 60, env=environment)
     assert_same_run(plain, other)
     assert said(other.process) == []
 
 
 def test_closed_output_changes_nothing(plain, tiny, tmp_path):
-    command = shlex.join(words("--run-name", "x", *tiny, "--steps", 60, "--batch-size", 4)) + " >&-"
+    command = shlex.join(words("--run-name", "x", *tiny, "--steps", 60)) + " >&-"
     options = {"cwd": tmp_path, "env": environment({}), "stderr": subprocess.PIPE, "text": True}
     process = subprocess.run(["sh", "-c", command], **options)
     assert (process.returncode, said(process)) == (0, [])

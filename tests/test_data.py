@@ -13,8 +13,8 @@ import pytest
 import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from conftest import call, said
 from PIL import Image
+from runs import call, said
 
 import train_ae
 from train_ae import Settings, SettingsError

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import pytest
 import shapes
-from conftest import Finished, assert_same_weights, once
 from PIL import Image
+from runs import Finished, assert_same_weights, once
 from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorflow_datasets.core.features import Text

@@ -19,7 +19,7 @@ def ours(default_run):
     weights = train_ae.build_autoencoder((28, 28, 1)).get_weights()
     train = train_ae.load_data(train_ae.Settings(), 3000).train
     order = [train_ae.batch_indices(tf.constant(step, tf.int64), 1, len(train), 0).numpy()[0] for step in range(STEPS)]
-    _, losses = scalars(default_run.logs / "train", "loss")
+    _, losses = scalars(default_run.logs / "train")
     return losses[:STEPS], weights, train[order].astype(np.float32) / 255
 
 

@@ -5,20 +5,20 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from events import read, scalars
 from PIL import Image
+from runs import ROOT
 
 LOGS, SAMPLES = ROOT / "logs" / "reference", ROOT / "samples" / "reference"
 
 
 def test_default_run_makes_the_reference_run_again(default_run):
-    (ours, losses), (steps, reference) = (scalars(logs / "train", "loss") for logs in (default_run.logs, LOGS))
+    (ours, losses), (steps, reference) = (scalars(logs / "train") for logs in (default_run.logs, LOGS))
     np.testing.assert_array_equal(ours, steps)
     np.testing.assert_allclose(losses[:10], reference[:10], rtol=1e-4)
     means = [values.reshape(-1, 500).mean(axis=1) for values in (losses, reference)]
     np.testing.assert_allclose(*means, rtol=0.05)
-    (ours, losses), (steps, reference) = (scalars(logs / "test", "loss") for logs in (default_run.logs, LOGS))
+    (ours, losses), (steps, reference) = (scalars(logs / "test") for logs in (default_run.logs, LOGS))
     np.testing.assert_array_equal(ours, steps)
     assert losses[0] == pytest.approx(reference[0], rel=1e-4)
     assert losses[-1] == pytest.approx(reference[-1], rel=0.1)

@@ -14,9 +14,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from conftest import Finished, assert_same_run, assert_same_weights, call_here, made, said, start, wait_for
 from events import scalars, shown
 from PIL import Image
+from runs import Finished, assert_same_run, assert_same_weights, call_here, made, said, start, wait_for
 
 import train_ae
 
@@ -168,8 +168,8 @@ def test_stopped_run_is_saved_and_the_command_that_it_prints_resumes_it(
     assert_same_weights(left_alone, Finished(here, name))
     for one in left_alone.samples.iterdir():
         assert one.read_bytes() == (here / "samples" / name / one.name).read_bytes(), one.name
-    steps, losses = scalars(here / "logs" / name / "train", "loss")
-    np.testing.assert_array_equal((steps, losses), scalars(left_alone.logs / "train", "loss"))
+    steps, losses = scalars(here / "logs" / name / "train")
+    np.testing.assert_array_equal((steps, losses), scalars(left_alone.logs / "train"))
 
 
 def test_signals_of_a_terminal_stop_the_script_itself(tiny, tmp_path):
@@ -185,7 +185,7 @@ def test_signals_of_a_terminal_stop_the_script_itself(tiny, tmp_path):
     assert line.startswith("train_ae.py: stopped; to resume: python ")
     assert line.endswith(f"train_ae.py {shlex.join(tiny)} --steps 1000000000 --run-name {name}")
     saved = max((tmp_path / "logs" / name / "checkpoints").iterdir())
-    steps, _ = scalars(tmp_path / "logs" / name / "train", "loss")
+    steps, _ = scalars(tmp_path / "logs" / name / "train")
     np.testing.assert_array_equal(steps, np.arange(int(saved.stem.removeprefix("step_"))))
 
 

@@ -1,20 +1,16 @@
 """What a run writes, and that its numbers are what they say."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import zlib
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Finished, Run, assert_same_weights, call_here, environment, said
 from events import read, scalars
 from PIL import Image
+from runs import Finished, call_here, environment, said
 
 import train_ae
 
@@ -34,7 +30,7 @@ def saved_figures(run, images):
         "squared_error": square.sum(axis=(1, 2, 3)).mean(),
         "shift_tolerant_error": smallest_error(images, drawn),
         "psnr": (-10 * np.log10(clipped)).mean(),
-        "ssim": tf.image.ssim(images, np.clip(drawn, 0, 1), 1).numpy()[:500].mean(),  # half of them: it is slow
+        "ssim": tf.image.ssim(images[:125], np.clip(drawn[:125], 0, 1), 1).numpy().mean(),  # an eighth: it is slow
     }
 
 
@@ -102,7 +98,7 @@ def test_animation_runs_from_the_first_picture_to_the_last(default_run):
 
 def test_config_holds_every_setting_what_was_read_and_the_versions(short_run, digits):
     expected = {field.name: field.default for field in train_ae.dataclasses.fields(train_ae.Settings)}
-    expected |= {"steps": 120, "run_name": "short", "training_images": 4000, "replicas": 1}
+    expected |= {"steps": 120, "run_name": "x", "training_images": 4000, "replicas": 1}
     expected |= {"checksum": f"{zlib.crc32(digits['train_images'].tobytes()):08x}"}
     expected |= {"tensorflow": tf.__version__, "keras": keras.__version__}
     expected |= {"onednn": environment({}).get("TF_ENABLE_ONEDNN_OPTS", "0")}
@@ -111,21 +107,13 @@ def test_config_holds_every_setting_what_was_read_and_the_versions(short_run, di
     assert config == expected
 
 
-def test_saved_model_opens_without_the_script(short_run, tmp_path):
-    code = "import sys, keras; m = keras.models.load_model(sys.argv[1]); print(m.count_params(), m.output_shape)"
-    command = [sys.executable, "-c", code, str(short_run.logs / "autoencoder.keras")]
-    options = {"cwd": tmp_path, "env": environment({}), "capture_output": True, "text": True}
-    process = subprocess.run(command, check=True, **options)
-    assert process.stdout.split("\n")[-2] == "194177 (None, 28, 28, 1)"
-
-
 def test_losses_are_logged_at_every_step_and_tests_at_every_picture(short_run, default_run):
     weights = {f"weights/{name}" for name in LAYERS}
     for run, steps, pictured in ((short_run, 120, [0, 50, 100, 120]), (default_run, 3000, [*range(0, 3001, 50)])):
         train, test = read(run.logs / "train"), read(run.logs / "test")
         assert train.Tags()["tensors"] == ["loss"]
         assert [event.step for event in train.Tensors("loss")] == [*range(steps)]
-        assert np.isfinite(scalars(run.logs / "train", "loss")[1]).all()
+        assert np.isfinite(scalars(run.logs / "train")[1]).all()
         assert set(test.Tags()["tensors"]) == {"loss", "reconstructions"} | weights
         for tag in ("loss", "reconstructions"):
             assert [event.step for event in test.Tensors(tag)] == pictured
@@ -139,14 +127,14 @@ def test_training_loss_is_that_before_the_update(short_run, digits):
     first = int(train_ae.batch_indices(tf.constant(0, tf.int64), 1, 4000, 0)[0])
     image = digits["train_images"][first : first + 1].astype(np.float32) / 255
     expected = np.square(model(image) - image).mean()
-    assert scalars(short_run.logs / "train", "loss")[1][0] == pytest.approx(expected, rel=1e-6)
+    assert scalars(short_run.logs / "train")[1][0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_test_losses_are_made_after_as_many_updates_as_they_say(short_run, digits):
     images = shown_digits(digits)
     keras.utils.set_random_seed(0)
     untrained = np.square(train_ae.build_autoencoder((28, 28, 1))(images / np.float32(255)) - images / 255).mean()
-    _, losses = scalars(short_run.logs / "test", "loss")
+    _, losses = scalars(short_run.logs / "test")
     assert losses[0] == pytest.approx(untrained, rel=1e-5)
     assert losses[-1] == pytest.approx(saved_figures(short_run, images)["test_loss"], rel=1e-5)
 
@@ -163,42 +151,24 @@ def test_last_picture_shows_the_saved_models_reconstructions(short_run, digits):
             np.testing.assert_allclose(shown, images[column, ..., 0], atol=1)
 
 
-def test_output_says_what_is_used_how_to_look_and_how_it_goes(short_run):
-    assert said(short_run.process) == []
-    lines = short_run.process.stdout.splitlines()
+def test_output_says_what_is_used_how_to_look_and_how_it_goes(default_run):
+    assert said(default_run.process) == []
+    lines = default_run.process.stdout.splitlines()
     assert lines[0].split() == ["device", f"/device:{'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}:0"]
     assert lines[1].startswith("data     4,000 and (1000, 28, 28, 1) images: MNIST")
-    assert "logs/short" in lines[2] and "samples/short" in lines[2]
+    assert "logs/default" in lines[2] and "samples/default" in lines[2]
     assert lines[3].endswith("tensorboard --logdir logs --samples_per_plugin images=1000")
-    progress = [re.fullmatch(r"step +([\d,]+)  (?:loss (\S+)  )?test loss (\S+)", line) for line in lines[4:8]]
-    assert [int(line[1]) for line in progress] == [0, 50, 100, 120]
-    _, losses = scalars(short_run.logs / "train", "loss")
-    means = [None, *(f"{part.mean():.4f}" for part in (losses[:50], losses[50:100], losses[100:]))]
-    assert [line[2] for line in progress] == means
-    assert [line[3] for line in progress] == [f"{loss:.4f}" for loss in scalars(short_run.logs / "test", "loss")[1]]
-    metrics = short_run.json("metrics.json")
-    table = dict(line.split(maxsplit=1) for line in lines[8:])
+    progress = [re.fullmatch(r"step +([\d,]+)  (?:loss (\S+)  )?test loss (\S+)", line) for line in lines[4:65]]
+    assert [int(line[1].replace(",", "")) for line in progress] == [*range(0, 3001, 50)]
+    _, losses = scalars(default_run.logs / "train")
+    means = [f"{mean:.4f}" for mean in losses.reshape(60, 50).mean(axis=1, dtype=np.float32)]
+    assert [line[2] for line in progress] == [None, *means]
+    assert [line[3] for line in progress] == [f"{loss:.4f}" for loss in scalars(default_run.logs / "test")[1]]
+    metrics = default_run.json("metrics.json")
+    table = dict(line.split(maxsplit=1) for line in lines[65:])
     assert list(table) == list(metrics)
     for name, value in metrics.items():
         assert float(table[name]) == pytest.approx(value, rel=1e-5)
-
-
-def test_same_seed_gives_the_same_bits_whatever_the_threads(short_run, tmp_path):
-    many = {"OMP_NUM_THREADS": "7", "TF_NUM_INTRAOP_THREADS": "7", "TF_NUM_INTEROP_THREADS": "5"}
-    again = Run(tmp_path, "again", "--steps", 120, env=many, prefix=one_processor())
-    short = ("--steps", 10, "--batch-size", 32)
-    batches = [Run(tmp_path, "batches", *short), Run(tmp_path, "few", *short, env=many, prefix=one_processor())]
-    for one, other in ((short_run, again), batches):
-        assert_same_weights(one, other)
-        for kind in ("train", "test"):
-            np.testing.assert_array_equal(*(scalars(run.logs / kind, "loss")[1] for run in (one, other)))
-        for path in one.samples.glob("step_*.png"):
-            assert path.read_bytes() == (other.samples / path.name).read_bytes()
-
-
-def one_processor():
-    """Return the words that hold a command to one processor, where there is a tool for it."""
-    return ("taskset", "-c", str(min(os.sched_getaffinity(0)))) if shutil.which("taskset") else ()
 
 
 def test_another_seed_gives_other_weights_and_another_order(tiny, tmp_path, monkeypatch):

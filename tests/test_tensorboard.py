@@ -12,9 +12,9 @@ from urllib.parse import parse_qsl, urlencode
 import keras
 import numpy as np
 import pytest
-from conftest import call_here, environment
-from events import scalars, shown
+from events import loss_tag, scalars, shown
 from PIL import Image
+from runs import call_here, environment
 from test_run import LAYERS
 
 GROWN = ["--run-name", "grown", "--depth", "2", "--tied", "--pretrain-steps", "30", "--batch-size", "5"]
@@ -78,15 +78,15 @@ def test_both_losses_share_a_chart(get, default_run):
         "default/train": ["loss"],
         "default/test": ["loss"],
         "default/metrics": figures,
-        "grown/pretrain/conv1": ["loss"],
-        "grown/pretrain/conv2": ["loss"],
+        "grown/pretrain/conv1": ["loss/pretraining"],
+        "grown/pretrain/conv2": ["loss/pretraining"],
         "grown/train": ["loss"],
         "grown/test": ["loss"],
         "grown/metrics": figures,
     }
     for run in ("train", "test"):
         points = np.array(json.loads(get("plugin/scalars/scalars", tag="loss", run=f"default/{run}")))
-        steps, values = scalars(default_run.logs / run, "loss")
+        steps, values = scalars(default_run.logs / run)
         # The server samples long curves; it keeps the last point, and each one that it keeps is as written.
         assert len(points) >= min(1000, len(steps)) and points[-1, 1] == steps[-1]
         np.testing.assert_allclose(points[:, 2], values[np.searchsorted(steps, points[:, 1])])
@@ -99,9 +99,9 @@ def test_resumed_run_shows_each_step_once(get, logs):
         "train": range(90),
         "test": [*range(0, 81, 20), 90],
     }.items():
-        points = json.loads(get("plugin/scalars/scalars", tag="loss", run=f"grown/{folder}"))
+        points = json.loads(get("plugin/scalars/scalars", tag=loss_tag(folder), run=f"grown/{folder}"))
         assert [step for _, step, _ in points] == [*steps], folder
-        _, values = scalars(logs / "grown" / folder, "loss")
+        _, values = scalars(logs / "grown" / folder)
         np.testing.assert_allclose([value for _, _, value in points], values)
 
 

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Finished, assert_same_run, call_here, once
 from events import read, scalars
 from PIL import Image
+from runs import Finished, call_here, once
 from sklearn.decomposition import PCA
 from test_model import conv, deconv, dense, leaky, named_weights, reconstruct, shake
 
@@ -235,8 +235,8 @@ def test_pretraining_lowers_the_loss_of_each_pair(stacked):
     names = [name for name, _ in stacked.pairs]
     assert sorted(path.name for path in (stacked.logs / "pretrain").iterdir()) == sorted(names)
     for name in names:
-        losses = scalars(stacked.logs / "pretrain" / name, "loss")[1]
-        assert [event.step for event in read(stacked.logs / "pretrain" / name).Tensors("loss")] == [*range(240)]
+        steps, losses = scalars(stacked.logs / "pretrain" / name)
+        assert list(steps) == [*range(240)]
         assert np.mean(losses[-40:]) < 0.8 * np.mean(losses[:40]), name
     assert [event.step for event in read(stacked.logs / "train").Tensors("loss")] == [*range(20)]
 
@@ -279,45 +279,6 @@ def test_saved_model_opens_without_the_script(stacked, tmp_path):
         np.testing.assert_array_equal(found["outputs"], found["decoded"])
 
 
-RESUMED = [
-    ["--tied", "--batch-size", "3"],
-    ["--pretrain-steps", "70", "--tied", "--latent-dim", "6", "--schedule", "cosine"],
-]
-
-
-@pytest.mark.parametrize("options", RESUMED, ids=" ".join)
-def test_resume_is_exact_with_each_option(options, pictures, tmp_path, monkeypatch, capsys):
-    """A run that failed wherever it could, in each kind of phase, ends as one that was left alone."""
-    words = ["--run-name", "x", "--steps", "130", "--checkpoint-every", "60", *options]
-    words += ["--dataset", str(pictures), "--depth", "2"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    monkeypatch.chdir(whole)
-    assert main(words) == 0
-    monkeypatch.chdir(broken)
-    make, calls, fail_at = train_ae.make_train_steps, itertools.count(), {1, 4, 6, 9, 11}
-
-    def failing(*arguments):
-        train_steps = make(*arguments)
-
-        def run(first, last):
-            if next(calls) in fail_at:
-                raise OSError("pulled out")
-            return train_steps(first, last)
-
-        return run
-
-    monkeypatch.setattr(train_ae, "make_train_steps", failing)
-    failures = 0
-    while main(words):
-        failures += 1
-        assert "pulled out" in capsys.readouterr().err
-        assert failures <= len(fail_at)
-    assert failures >= 2
-    assert_same_run(Finished(whole, "x"), Finished(broken, "x"))
-
-
 # --- figures ---
 def gaussian_ssim(images, outputs, size):
     """Return the SSIM of each image (Wang et al. 2004): Gaussian windows of deviation 1.5, averaged over channels."""
@@ -351,7 +312,7 @@ def smallest_shifted_error(images, outputs):
 
 
 @pytest.mark.parametrize(
-    ("shape", "count", "first"), [((28, 28, 1), 12, 12), ((33, 17, 3), 241, 121), ((7, 5, 1), 9, 9)]
+    ("shape", "count", "first"), [((28, 28, 1), 12, 12), ((33, 17, 3), 100, 50), ((7, 5, 1), 9, 9)]
 )
 def test_figures_are_those_of_independent_code(shape, count, first):
     """Also beyond [0, 1], where PSNR and SSIM judge what is shown; SSIM is that of the first batch alone."""
@@ -441,6 +402,18 @@ def test_pca_of_colour_images_is_scikit_learns(monkeypatch):
     check_pca(train, test, (1, 8, 100), fit_sklearn(train), monkeypatch)
 
 
+def test_exact_reconstructions_have_a_finite_psnr():
+    """Black images are exact wherever the output is not positive; JSON has no word for the infinite."""
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+
+    def evaluate(batch):
+        return np.zeros((len(batch), 2)), tf.fill(batch.shape, -0.5), tf.constant(0.25)
+
+    metrics, *_ = compute_metrics(evaluate, Data(images, images, np.zeros(4, int), [""], ""))
+    assert metrics["psnr"] == 100 and metrics["squared_error"] == 16
+    json.dumps(metrics, allow_nan=False)
+
+
 def test_large_images_have_no_pca():
     """Above 4,096 values it would take minutes."""
     for shape, given in (((64, 64, 1), True), ((17, 241, 1), False), ((64, 64, 3), False)):
@@ -477,7 +450,7 @@ def test_figures_of_a_run_are_its_models(stacked, digits):
     shown = np.clip(outputs, 0, 1)
     psnr = -10 * np.log10(np.square(shown - images).mean(axis=(1, 2, 3)))
     assert metrics["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
-    ssim = tf.image.ssim(images[:500], shown[:500], 1).numpy()
+    ssim = tf.image.ssim(images[:125], shown[:125], 1).numpy()
     assert metrics["ssim"] == pytest.approx(ssim.mean(), abs=1e-5)
     assert metrics["shift_tolerant_error"] <= metrics["squared_error"]
     assert stacked.json("metrics.json") == metrics

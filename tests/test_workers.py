@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, call_here, environment, start
 from events import scalars
+from runs import ROOT, call_here, environment, start
 
-SMALL = ["--image-size", "14", "--depth", "3"]  # for time's sake, where the article's model proves no more
-OPTIONS = [*SMALL, "--tied", "--latent-dim", "6", "--pretrain-steps", "20", "--schedule", "cosine"]
+OPTIONS = ["--tied", "--latent-dim", "6", "--pretrain-steps", "20", "--schedule", "cosine"]
 # what the processes have besides: CPUs alone, and no more threads for NumPy than there are cores for all of them
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -40,13 +39,13 @@ def tf_config(addresses, index):
 class Job:
     """A run of one or several workers, in one folder or in `folders`: what it is, and then what came of it."""
 
-    def __init__(self, folder, *arguments, workers=1, devices=1, dies=(), folders=None):
+    def __init__(self, folder, *arguments, workers=1, devices=1, dies=(), folders=None, env=()):
         self.folders, addresses = folders or [folder] * workers, free_addresses(workers)
         self.arguments = ["--run-name", "run", "--dataset", "mnist_5k", "--batch-size", "12", *map(str, arguments)]
         self.processes, dies = [], dict([dies] if dies else [])
         for index, place in enumerate(self.folders):
             Path(place).mkdir(exist_ok=True)
-            config = {"TF_CONFIG": tf_config(addresses, index)} if workers > 1 else {}
+            config = {"TF_CONFIG": tf_config(addresses, index)} if workers > 1 else dict(env)
             self.processes.append((str(place), index, self.arguments, config, devices, dies.get(index)))
         self.logs, self.samples = Path(folder, "logs", "run"), Path(folder, "samples", "run")
 
@@ -59,7 +58,7 @@ class Job:
     def losses(self):
         """Return the losses of all phases, one after the other."""
         phases = [*sorted(self.logs.glob("pretrain/*")), self.logs / "train"]
-        return np.concatenate([scalars(phase, "loss")[1] for phase in phases])
+        return np.concatenate([scalars(phase)[1] for phase in phases])
 
     def weights(self, replica=0):
         """Return the weights, moments and counts of steps that a replica ended with."""
@@ -97,33 +96,61 @@ def written(job):
     return {str(path) for path in paths if not re.match(r"(out|err|worker)_\d", path.name)}
 
 
-@pytest.mark.parametrize("options", [[], OPTIONS], ids=["as it is", "with its options"])
-def test_devices_and_workers_train_as_one_process_does(run, tmp_path, options):
-    ways = {"one": {}, "2 devices": {"devices": 2}, "2 workers": {"workers": 2}, "3 workers": {"workers": 3}}
-    jobs = {name: Job(tmp_path / name, "--steps", 50, *options, **way) for name, way in ways.items()}
-    run(*jobs.values())
-    one, three = jobs["one"], jobs["3 workers"]
-    expected = one.losses()
-    assert len(expected) == (4 * 20 + 50 if options else 50)
+def assert_trained_as_one(ways, jobs, steps):
+    """Assert that all processes of each job ended well and alike, and that the jobs' losses are those of "one"."""
+    expected = jobs["one"].losses()
+    assert len(expected) == steps
     for name, job in jobs.items():
         assert set(job.status) == {0}, job.err
         np.testing.assert_allclose(job.losses(), expected, rtol=1e-5, err_msg=name)
         for replica in range(1, max(ways[name].values(), default=1)):
             assert_equal_weights(job, job, replica)
-        if options:
-            kernels = job.weights()[:16:2]  # of four layers, and of their twins
-            for kernel, twin in zip(kernels[:4], reversed(kernels[4:]), strict=True):
-                np.testing.assert_array_equal(kernel.T if kernel.ndim == 2 else kernel, twin)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot hold a process to one core")
+def test_same_seed_gives_the_same_bits_whatever_the_threads(run, tmp_path):
+    many = {"OMP_NUM_THREADS": "7", "TF_NUM_INTRAOP_THREADS": "7", "TF_NUM_INTEROP_THREADS": "5", "ONE_CORE": "1"}
+    pairs = []
+    for steps, batch in ((120, 1), (10, 32)):
+        words = ("--steps", steps, "--batch-size", batch)
+        pairs.append([Job(tmp_path / f"{batch}_{len(env)}", *words, env=env) for env in ({}, many)])
+    run(*(job for pair in pairs for job in pair))
+    for one, other in pairs:
+        assert one.status == other.status == (0,), (one.err, other.err)
+        assert_equal_weights(one, other, 0)
+        np.testing.assert_array_equal(one.losses(), other.losses())
+        for path in one.samples.glob("step_*.png"):
+            assert path.read_bytes() == (other.samples / path.name).read_bytes()
+
+
+def test_devices_and_workers_train_as_one_process_does(run, tmp_path):
+    ways = {"one": {}, "2 devices": {"devices": 2}, "3 workers": {"workers": 3}}
+    jobs = {name: Job(tmp_path / name, "--steps", 30, **way) for name, way in ways.items()}
+    run(*jobs.values())
+    assert_trained_as_one(ways, jobs, 30)
+    three = jobs["3 workers"]
     assert "writes   logs/run and samples/run" in three.out[0]
     assert all("writes   nothing: the first worker does" in out for out in three.out[1:])
-    assert written(three) == written(one)
+    assert written(three) == written(jobs["one"])
     assert "CPU:0, /device:CPU:1" in jobs["2 devices"].out[0]
 
 
-def test_a_run_whose_first_or_second_worker_is_killed_goes_on_to_the_same_weights(run, tmp_path):
-    steps = (*SMALL, "--steps", 200, "--sample-every", 30, "--checkpoint-every", 50)
+def test_workers_train_on_a_folder_of_pictures_with_every_option(run, tiny, tmp_path):
+    ways = {"one": {}, "2 workers": {"workers": 2}}
+    jobs = {name: Job(tmp_path / name, *tiny, *OPTIONS, "--steps", 50, **way) for name, way in ways.items()}
+    run(*jobs.values())
+    assert_trained_as_one(ways, jobs, 2 * 20 + 50)
+    for job in jobs.values():
+        assert "data     54 and (6, 8, 8, 3) images: pictures in" in job.out[0]
+        kernels = job.weights()[:8:2]  # of two layers, and of their twins
+        for kernel, twin in zip(kernels[:2], reversed(kernels[2:]), strict=True):
+            np.testing.assert_array_equal(kernel.T if kernel.ndim == 2 else kernel, twin)
+
+
+def test_a_run_whose_first_or_second_worker_is_killed_goes_on_to_the_same_weights(run, tiny, tmp_path):
+    steps = (*tiny, "--steps", 200, "--sample-every", 30, "--checkpoint-every", 80)
     whole = Job(tmp_path / "whole", *steps, workers=2)
-    killed = [Job(tmp_path / f"killed_{index}", *steps, workers=2, dies=(index, 60)) for index in (0, 1)]
+    killed = [Job(tmp_path / f"killed_{index}", *steps, workers=2, dies=(index, 90)) for index in (0, 1)]
     run(whole, *killed)
     assert whole.status == (0, 0)
     for index, job in enumerate(killed):
@@ -135,7 +162,7 @@ def test_a_run_whose_first_or_second_worker_is_killed_goes_on_to_the_same_weight
             == "train_ae.py: another worker has ended, or a port is taken: run the same commands again to resume\n"
         )
         assert job.times[other] - job.times[index] < 30
-        assert [path.name for path in job.logs.glob("checkpoints/step*")] == ["step_00000050.npz"]
+        assert [path.name for path in job.logs.glob("checkpoints/step*")] == ["step_00000080.npz"]
     again = [Job(job.folders[0], *steps, workers=2) for job in killed]
     run(*again)
     for index, job in enumerate(again):
@@ -147,10 +174,10 @@ def test_a_run_whose_first_or_second_worker_is_killed_goes_on_to_the_same_weight
         assert left == written(whole)  # but for the second worker's temporary folder, if that was killed
 
 
-def test_a_run_can_be_resumed_by_another_number_of_workers(run, tmp_path):
-    whole, part = Job(tmp_path / "whole", *SMALL, "--steps", 40), Job(tmp_path / "part", *SMALL, "--steps", 20)
+def test_a_run_can_be_resumed_by_another_number_of_workers(run, tiny, tmp_path):
+    whole, part = Job(tmp_path / "whole", *tiny, "--steps", 40), Job(tmp_path / "part", *tiny, "--steps", 20)
     run(whole, part)
-    rest = Job(tmp_path / "part", *SMALL, "--steps", 40, workers=2)
+    rest = Job(tmp_path / "part", *tiny, "--steps", 40, workers=2)
     run(rest)
     assert rest.status == (0, 0), rest.err
     for out in rest.out:
@@ -161,13 +188,13 @@ def test_a_run_can_be_resumed_by_another_number_of_workers(run, tmp_path):
     np.testing.assert_allclose(rest.losses(), whole.losses(), rtol=1e-5)
 
 
-def test_what_workers_cannot_do_is_refused_in_a_line(run, tmp_path):
+def test_what_workers_cannot_do_is_refused_in_a_line(run, tiny, tmp_path):
     batches = [  # sizes, among how many replicas they are to be divided, and the sizes that are named instead
         (7, 2, {"6", "8"}, Job(tmp_path / "7", "--batch-size", 7, devices=2)),
-        (1, 3, {"3", "6"}, Job(tmp_path / "1", "--batch-size", 1, workers=3)),
+        (1, 2, {"2", "4"}, Job(tmp_path / "1", "--batch-size", 1, workers=2)),
         (10, 3, {"9", "12"}, Job(tmp_path / "10", "--batch-size", 10, workers=3)),
     ]
-    done = Job(tmp_path / "here", *SMALL, "--steps", 5)
+    done = Job(tmp_path / "here", *tiny, "--steps", 5)
     run(done, *(job for *_, job in batches))
     for size, replicas, others, job in batches:
         assert set(job.status) == {2}
@@ -176,7 +203,7 @@ def test_what_workers_cannot_do_is_refused_in_a_line(run, tmp_path):
             assert line == f"train_ae.py: --batch-size {size} cannot be divided among {replicas} replicas"
             assert set(use.rstrip("\n").split(" or ")) == others
         assert not written(job)
-    apart = Job(tmp_path / "here", *SMALL, "--steps", 10, workers=2, folders=[tmp_path / "here", tmp_path / "there"])
+    apart = Job(tmp_path / "here", *tiny, "--steps", 10, workers=2, folders=[tmp_path / "here", tmp_path / "there"])
     run(apart)
     assert apart.status == (2, 2)
     text = "train_ae.py: the workers have other checkpoints than this in logs/run: let them share its folder\n"
