@@ -114,6 +114,14 @@ def test_damaged_config_is_one_line_that_names_it(content, run, tiny, capsys):
     assert path.read_bytes() == content
 
 
+def test_checkpoints_without_their_config_are_not_resumed_under_other_settings(run, tiny, capsys):
+    path = Path("logs", "x", "config.json")
+    path.unlink()
+    before = sorted(run.cwd.rglob("*"))
+    assert call_here(*tiny, *LONGER, "--learning-rate", 0.1) == 2
+    assert str(path) in one_line(capsys) and sorted(run.cwd.rglob("*")) == before
+
+
 @pytest.mark.parametrize("value", [None, "many", [], -1])
 @pytest.mark.parametrize("name", ["training_images", "steps", "learning_rate"])
 def test_config_with_a_value_that_cannot_be_is_one_line_that_names_it(name, value, run, tiny, capsys):

@@ -416,7 +416,7 @@ def test_exact_reconstructions_have_a_finite_psnr():
 
 def test_large_images_have_no_pca():
     """Above 4,096 values it would take minutes."""
-    for shape, given in (((64, 64, 1), True), ((17, 241, 1), False), ((64, 64, 3), False)):
+    for shape, given in (((64, 64, 1), True), ((17, 241, 1), False), ((64, 64, 3), False), ((300, 200, 3), False)):
         random = np.random.default_rng(1)
         images = random.integers(0, 256, (4, *shape), np.uint8)
         with pytest.MonkeyPatch.context() as monkeypatch:  # the axes of as many values, in no time

@@ -206,7 +206,7 @@ def test_what_workers_cannot_do_is_refused_in_a_line(run, tiny, tmp_path):
     apart = Job(tmp_path / "here", *tiny, "--steps", 10, workers=2, folders=[tmp_path / "here", tmp_path / "there"])
     run(apart)
     assert apart.status == (2, 2)
-    text = "train_ae.py: the workers have other checkpoints than this in logs/run: let them share its folder\n"
+    text = "train_ae.py: the workers have different checkpoints in logs/run: let them share its folder\n"
     assert set(apart.err) == {text}
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"out_1", "err_1"}
     assert apart.logs.joinpath("checkpoints", "step_00000005.npz").exists()
