@@ -48,7 +48,7 @@ from keras import layers
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.histogram import metadata as histogram_plugin  # tf.summary.histogram is ten times slower
 from tensorboard.plugins.hparams.api import hparams
 from tensorboard.plugins.image import metadata as image_plugin
 from tqdm import tqdm
@@ -99,11 +99,13 @@ class FusedAdam(keras.optimizers.Adam):
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
         """Update one variable, and its first and second moments."""
-        index, step = self._get_variable_index(variable), tf.cast(self.iterations.value + 1, tf.float32)
+        index = self._get_variable_index(variable)
+        if index == 0:  # once a step, for all variables
+            step = tf.cast(self.iterations.value + 1, tf.float32)
+            self.powers = {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step}
         moments = {"m": self._momentums[index].value.handle, "v": self._velocities[index].value.handle}
-        rates = {"lr": tf.convert_to_tensor(learning_rate), "beta1": self.beta_1, "beta2": self.beta_2}
-        rates |= {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step, "epsilon": self.epsilon}
-        tf.raw_ops.ResourceApplyAdam(var=variable.handle, grad=gradient, **moments, **rates)
+        rates = {"lr": tf.convert_to_tensor(learning_rate), "beta1": self.beta_1, "beta2": self.beta_2} | self.powers
+        tf.raw_ops.ResourceApplyAdam(var=variable.handle, grad=gradient, epsilon=self.epsilon, **moments, **rates)
 
 
 Phase = namedtuple("Phase", "name frozen model optimizer steps")  # model reconstructs the output of frozen, if given
@@ -352,8 +354,8 @@ def compute_metrics(evaluate: Callable, data: Data) -> tuple[dict[str, float | N
         shown, latents = tf.clip_by_value(outputs, 0, 1), [*latents, np.reshape(codes, (len(batch), -1))]
         row = {metric.__name__: metric(images, outputs) for metric in (squared_error, shift_tolerant_error)}
         rows += [{"test_loss": [loss] * len(batch)} | row | {"psnr": tf.minimum(tf.image.psnr(images, shown, 1), 100)}]
-        if len(rows) == 1:  # since it takes as long as all the rest
-            rows[0]["ssim"] = tf.image.ssim(images, shown, 1, filter_size=min(11, *images.shape[1:3]))
+        if len(rows) == 1:  # of the first 64: it is slow
+            rows[0]["ssim"] = tf.image.ssim(images[:64], shown[:64], 1, filter_size=min(11, *images.shape[1:3]))
         if pca:
             components.append((np.reshape(images, (len(batch), -1)) - pca[0]) @ pca[1])
     metrics = {name: float(np.mean(np.concatenate([row[name] for row in rows if name in row]))) for name in rows[0]}
@@ -363,6 +365,7 @@ def compute_metrics(evaluate: Callable, data: Data) -> tuple[dict[str, float | N
 
 
 GAP, TITLE, BACKGROUND = 6, 28, 32  # of a grid: pixels, and a grey that suits any page
+IMAGE, HISTOGRAM = (plugin.create_summary_metadata(None, None) for plugin in (image_plugin, histogram_plugin))
 
 
 def write_atomically(path: Path, save: Callable[[Path], Any]) -> None:
@@ -394,13 +397,12 @@ class Record:
 
     def __init__(self, logs: Path, samples: Path, settings: Settings, data: Data, phases: Sequence[Phase]) -> None:
         self.logs, self.samples, self.settings, self.data, self.phases = logs, samples, settings, data, phases
-        self.autoencoder = phases[-1].model
+        self.autoencoder = autoencoder = phases[-1].model
         firsts = np.unique(data.labels, return_index=True)[1]  # one of each class, then the first ones
-        self.images = data.test[[*dict.fromkeys([*firsts, *range(min(20, len(data.test)))])][:20]]
+        self.images = data.test[[*dict.fromkeys([*firsts, *range(min(10, len(data.test)))])][:10]]
         names = [*(phase.name for phase in phases), "test", "metrics"]
         self.writers = {name: tf.summary.create_file_writer(str(logs / name)) for name in names}
-        signature = [tf.TensorSpec(self.autoencoder.input_shape, tf.uint8)]
-        self.evaluate = tf.function(self.run_model, signature, autograph=False)
+        self.evaluate = tf.function(self.run_model, [tf.TensorSpec(autoencoder.input_shape, tf.uint8)], autograph=False)
 
     def run_model(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Return the latents of uint8 images, their reconstructions, and the loss."""
@@ -415,14 +417,13 @@ class Record:
             raise FloatingPointError(f"the test loss after step {step:,} is not finite: use a lower --learning-rate")
         grid = draw_grid(to_float(self.images), outputs, f"step {step:,}   test loss {float(loss):.4f}")
         write_atomically(path, lambda part: grid.save(part, compress_level=1))  # the default takes twice the time
-        plugin = image_plugin.create_summary_metadata(display_name=None, description=None)
         with self.writers["test"].as_default(step=step):
             tf.summary.scalar("loss", loss)
-            tf.summary.write("reconstructions", tf.constant([*map(str, grid.size), path.read_bytes()]), metadata=plugin)
+            tf.summary.write("reconstructions", tf.constant([*map(str, grid.size), path.read_bytes()]), metadata=IMAGE)
             for variable in self.autoencoder.variables:
                 if variable.name == "kernel" and step % self.settings.checkpoint_every == 0:
-                    histogram = histogram_pb(f"weights/{variable.path.split('/')[-2]}", variable.numpy())
-                    tf.summary.experimental.write_raw_pb(histogram.SerializeToString())
+                    (counts, edges), name = np.histogram(variable.numpy(), 30), variable.path.split("/")[-2]
+                    tf.summary.write(f"weights/{name}", np.c_[edges[:-1], edges[1:], counts], metadata=HISTOGRAM)
         return float(loss)
 
     def save(self, folder: Path, variables: Sequence[keras.Variable], step: int) -> None:
@@ -457,7 +458,7 @@ class Record:
     def draw(self, latents: np.ndarray, components: np.ndarray | None) -> None:
         """Write training.gif, summary.png, and latents.png: test images as points, as Hinton & Salakhutdinov (2006)."""
         paths = sorted(self.samples.glob("step_*.png"), key=lambda path: int(path.stem.removeprefix("step_")))
-        chosen = dict.fromkeys(paths[place - 1] for place in np.geomspace(1, len(paths), 30).astype(int))
+        chosen = dict.fromkeys(paths[place - 1] for place in np.geomspace(1, len(paths), 28).astype(int))
         first, *others = (Image.open(path).quantize(method=Image.Quantize.FASTOCTREE) for path in chosen)
         options = {"save_all": True, "append_images": others, "duration": [300] * len(others) + [3000], "loop": 0}
         write_atomically(self.samples / "training.gif", lambda part: first.save(part, **options))
@@ -547,7 +548,7 @@ def restore(folder: Path, variables: Sequence[keras.Variable]) -> None:
                 variable.assign(array)
             return
         except Exception as error:  # NumPy has many for a file that is cut short or full of zeros
-            print(f"damaged  {path}: the checkpoint before is used ({error})")
+            print(f"damaged  {path}: the checkpoint before is used ({type(error).__name__})")
     if paths:
         raise OSError(f"{folder} holds no checkpoint that can be read: remove {folder.parent} to start over")
 
@@ -555,11 +556,10 @@ def restore(folder: Path, variables: Sequence[keras.Variable]) -> None:
 def make_strategy(settings: Settings) -> tuple[tf.distribute.Strategy, str, bool]:
     """Return the strategy for TF_CONFIG's workers, this machine's GPUs, or one device; its name; whether to write."""
     tf.get_logger().setLevel("ERROR")
-    gpus = tf.config.list_physical_devices("GPU")
     with contextlib.suppress(RuntimeError):  # a program that has used TensorFlow before has settled these
         tf.config.threading.set_intra_op_parallelism_threads(1 if settings.batch_size == 1 else 4)  # sums depend on it
         tf.config.threading.set_inter_op_parallelism_threads(2)
-        for gpu in gpus:
+        for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # a CPU needs no more than the fixed threads
     if "TF_CONFIG" in os.environ:

@@ -220,7 +220,7 @@ def torch_job(_):
         for step in range(3001):
             if step % 50 == 0:
                 with torch.no_grad():
-                    loss = (model(test[:20]) - test[:20]).square().sum(dim=1).mean()
+                    loss = (model(test[:10]) - test[:10]).square().sum(dim=1).mean()
                 writer.add_scalar("test_loss", loss.item(), step)
                 torch_picture(writer, model, test[:10], step, Path(folder))
             if step == 3000:

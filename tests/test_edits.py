@@ -114,7 +114,7 @@ def check_losses(edited, digits):
     """Of the test images in metrics.json and in TensorBoard, and of training, where the run was resumed."""
     train, test = digits["train_images"] / np.float32(255), digits["test_images"][:100] / np.float32(255)
     firsts = [int(np.argmax(digits["test_labels"] == digit)) for digit in range(10)]
-    shown = [*firsts, *(index for index in range(20) if index not in firsts)][:20]
+    shown = [*firsts, *(index for index in range(10) if index not in firsts)][:10]
     found_steps, found = scalars(edited.logs / "test")
     found = dict(zip(found_steps, found, strict=True))
     for steps, model in edited.models.items():

@@ -106,14 +106,14 @@ def load(folder):
 
 
 def pick(labels):
-    """Return which test images are shown: the first one of each class, then the first ones, 20 at most."""
+    """Return which test images are shown: the first one of each class, then the first ones, 10 at most."""
     chosen = []
     for label in sorted(set(labels)):
         chosen.append(list(labels).index(label))
     for index in range(len(labels)):
-        if index not in chosen and index < 20:
+        if index not in chosen and index < 10:
             chosen.append(index)
-    return chosen[:20]
+    return chosen[:10]
 
 
 def test_run_says_what_it_trains_on(trained):

@@ -187,7 +187,7 @@ def test_summary_shows_all_losses_where_they_belong(run):
         steps, losses = scalars(logs / "pretrain" / name)
         np.testing.assert_allclose(pairs[begin], (steps + begin, losses))
     labels = [text.get_text().split(",")[0] for text in axes.get_legend().get_texts()]
-    assert set(labels) == {"training", "pretraining", "20 test images"}
+    assert set(labels) == {"training", "pretraining", "10 test images"}
     assert labels.count("pretraining") == labels.count("training")  # not once for each pair
     assert axes.get_yscale() == "log" and axes.get_xlabel() == "step" and axes.get_title() == "reconstruction loss"
     for color in (BLUE, ORANGE, GREEN):
