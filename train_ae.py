@@ -5,7 +5,7 @@
     tensorboard --logdir logs --samples_per_plugin images=1000
 
 Four stride-2 convolutions encode an image, four transposed ones decode it, and Adam minimizes the squared error, as in
-the article of tests/README.md. The default run reaches a test loss of 0.0144 in 12 seconds on two cores of an AMD EPYC.
+the article of tests/README.md. The default run reaches a test loss of 0.0144 in 7 to 12 seconds on two EPYC cores.
 """
 
 import gc
