@@ -20,6 +20,11 @@ import numpy as np
 import tensorflow as tf
 
 
+def fewer(data):
+    """Return data with 100 test images, for time's sake."""
+    return data._replace(test=data.test[:100], labels=data.labels[:100])
+
+
 def work(folder, number, arguments, environment, devices, dies):
     """Train as the script does, with output in out_N and err_N of a folder; SIGKILL shortly after step `dies`."""
     os.chdir(folder)
@@ -48,11 +53,11 @@ def work(folder, number, arguments, environment, devices, dies):
             threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return loss
 
-    def load_less(*given):
-        data = load_data(*given)
-        return data._replace(test=data.test[:100], labels=data.labels[:100])  # for time's sake
-
-    train_ae.Record.save, train_ae.Record.log_test, train_ae.load_data = save_and_keep, log_test_and_die, load_less
+    train_ae.Record.save, train_ae.Record.log_test, train_ae.load_data = (
+        save_and_keep,
+        log_test_and_die,
+        lambda *given: fewer(load_data(*given)),
+    )
     return train_ae.main()
 
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 from events import read, scalars
 from PIL import Image
 from runs import Finished, call_here, environment, said
+from test_theory import smallest_shifted_error
 
 import train_ae
 
@@ -28,23 +29,10 @@ def saved_figures(run, images):
     return {
         "test_loss": square.sum(axis=3).mean(),
         "squared_error": square.sum(axis=(1, 2, 3)).mean(),
-        "shift_tolerant_error": smallest_error(images, drawn),
+        "shift_tolerant_error": smallest_shifted_error(images, drawn.astype(float)).mean(),
         "psnr": (-10 * np.log10(clipped)).mean(),
         "ssim": tf.image.ssim(images[:64], np.clip(drawn[:64], 0, 1), 1).numpy().mean(),  # it is slow
     }
-
-
-def smallest_error(images, drawn):
-    """Return the mean over images of the smallest squared error against the drawn one moved by up to 2 pixels."""
-    errors = []
-    for down in range(-2, 3):
-        for right in range(-2, 3):
-            moved = np.zeros_like(drawn)
-            moved[:, max(0, down) : 28 + min(0, down), max(0, right) : 28 + min(0, right)] = drawn[
-                :, max(0, -down) : 28 + min(0, -down), max(0, -right) : 28 + min(0, -right)
-            ]
-            errors.append(np.square(moved.astype(float) - images).sum(axis=(1, 2, 3)))
-    return np.min(errors, axis=0).mean()
 
 
 def shown_digits(digits):
