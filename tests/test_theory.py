@@ -331,7 +331,7 @@ def test_figures_are_those_of_independent_code(shape, count, first):
         place[0] += len(batch)
         np.testing.assert_array_equal(batch, test[start : place[0]])
         losses.append((len(batch), random.random()))
-        return latents[start : place[0]], tf.constant(outputs[start : place[0]]), tf.constant(losses[-1][1], tf.float32)
+        return tensors(batch, latents[start : place[0]], outputs[start : place[0]], losses[-1][1])
 
     data = Data(test, test, np.zeros(count, int), [""], "")
     metrics, kept, components = compute_metrics(evaluate, data)
@@ -375,9 +375,14 @@ def colours(shape, train, test):
     return images[:train], images[train:]
 
 
+def tensors(batch, latents, outputs, loss):
+    """Return what a model's evaluation gives for a batch of uint8 images."""
+    return [tf.constant(part, tf.float32) for part in (batch / np.float32(255), latents, outputs, loss)]
+
+
 def constant(size):
     """Return a model, for compute_metrics, of which the size of the latents alone counts."""
-    return lambda batch: (np.zeros((len(batch), size), np.float32), tf.zeros(batch.shape), tf.constant(0.0))
+    return lambda batch: tensors(batch, np.zeros((len(batch), size)), np.zeros(batch.shape), 0)
 
 
 def check_pca(train, test, sizes, pca, monkeypatch):
@@ -407,7 +412,7 @@ def test_exact_reconstructions_have_a_finite_psnr():
     images = np.zeros((4, 8, 8, 1), np.uint8)
 
     def evaluate(batch):
-        return np.zeros((len(batch), 2)), tf.fill(batch.shape, -0.5), tf.constant(0.25)
+        return tensors(batch, np.zeros((len(batch), 2)), np.full(batch.shape, -0.5), 0.25)
 
     metrics, *_ = compute_metrics(evaluate, Data(images, images, np.zeros(4, int), [""], ""))
     assert metrics["psnr"] == 100 and metrics["squared_error"] == 16
