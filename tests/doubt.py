@@ -1,6 +1,6 @@
 """The article's doubt in a picture: a wrong digit with a small pixel error, and a right one with a large.
 
-python tests/doubt.py FILE.png
+python tests/doubt.py   # writes samples/doubt.png
 """
 
 import sys
@@ -53,4 +53,4 @@ def draw():
 
 
 if __name__ == "__main__":
-    draw().savefig(sys.argv[1], dpi=100)
+    draw().savefig(SAMPLES / "doubt.png", dpi=100)
