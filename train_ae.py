@@ -198,7 +198,7 @@ class Settings:
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate over the run; cosine falls to 0")
     depth: int = setting(len(FILTERS), "layers of the encoder, and of the decoder", 1, len(FILTERS))
     latent_dim: int = setting(0, "size of the latent, or 0 for the output of the last convolution", 0, 4096)
-    tied: bool = setting(False, "give each layer of the decoder the kernel of its twin in the encoder")
+    tied: bool = setting(False, "give each layer of the decoder the kernel of its mirrored layer in the encoder")
     pretrain_steps: int = setting(0, "steps for which each pair of layers is trained by itself before the whole", 0)
     sample_every: int = setting(50, "steps from one picture and test loss to the next", 1)
     checkpoint_every: int = setting(500, "steps from one checkpoint to the next", 1)
@@ -616,7 +616,7 @@ def train(settings: Settings) -> dict[str, Any]:
             raise SettingsError(f"the workers have different checkpoints in {logs}: let them share its folder")
         print(f"device   {device}\ndata     {len(data.train):,} and {data.test.shape} images: {data.source}")
         print(f"writes   {logs} and {samples}" if chief else "writes   nothing: the first worker does")
-        print(f"to see   tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
+        print(f"view     tensorboard --logdir {settings.log_dir} --samples_per_plugin images=1000", flush=True)
         if chief:
             stack.enter_context(open_run(checkpoints, samples))
             write_atomically(logs / "config.json", lambda part: part.write_text(json.dumps(config, indent=2)))
