@@ -249,7 +249,7 @@ def test_terminal_of_any_size_shows_one_bar_and_no_plain_lines(rows, columns, ti
         assert call_here(*arguments, "--run-name", "bar") == 0
     lines = terminal.lines()
     assert not any(line.startswith("step ") for line in lines)
-    begin = next(place for place, line in enumerate(lines) if line.startswith("to see")) + 1
+    begin = next(place for place, line in enumerate(lines) if line.startswith("view")) + 1
     bars = lines[begin : lines.index(next(line for line in lines if line.startswith("test_loss ")))]
     assert bars[0].startswith("  0%|") and bars[-1].startswith("100%|")
     assert max(map(len, bars)) <= (columns or 80)

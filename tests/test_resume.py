@@ -55,7 +55,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_left_alone(left_alone, tiny, 
     draw = random.Random(seed)
     for kill in range(3):
         with start(*tiny, *SHORT, cwd=tmp_path) as process:
-            wait_for(process, "to see" if kill == 0 else "step ")
+            wait_for(process, "view" if kill == 0 else "step ")
             for _ in range(draw.randrange(5)):
                 process.stdout.readline()
             process.kill()
