@@ -486,8 +486,8 @@ class Record:
         else:
             centered = latents - latents.mean(axis=0)
             wide = latents.shape[1] > len(latents)  # else eigenvectors are found four times faster
-            axes = np.linalg.svd(centered, False)[2].T if wide else np.linalg.eigh(centered.T @ centered)[1][:, ::-1]
-            panels["latents: the first two principal components"] = np.pad(centered @ axes[:, :2], [(0, 0), (0, 1)])
+            basis = np.linalg.svd(centered, False)[2].T if wide else np.linalg.eigh(centered.T @ centered)[1][:, ::-1]
+            panels["latents: the first two principal components"] = np.pad(centered @ basis[:, :2], [(0, 0), (0, 1)])
         figure = Figure(figsize=(11, 5.3), layout="tight")
         for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for index, name in enumerate(self.data.classes):
