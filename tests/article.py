@@ -1,4 +1,4 @@
-"""The article's graph in TensorFlow 1's own terms, its typing errors mended and nothing else changed."""
+"""The article's graph in TensorFlow 1's terms: typing errors mended, nothing else changed."""
 
 import numpy as np
 import tensorflow as tf
@@ -33,7 +33,9 @@ def losses(weights, images, slope=0.2, epsilon=1e-8, loss="summed over channels"
     def deconv2d(input_, size, filters, name):
         with tf1.variable_scope(name):
             w = variable("w", [3, 3, filters, input_.shape[-1]])
-            deconv = tf1.nn.conv2d_transpose(input_, w, [1, size, size, filters], [1, 2, 2, 1], padding="SAME")
+            deconv = tf1.nn.conv2d_transpose(
+                input_, w, [1, size, size, filters], [1, 2, 2, 1], padding="SAME"
+            )
             return leakyrelu(tf1.nn.bias_add(deconv, variable("b", [filters])))
 
     with tf.Graph().as_default(), tf1.Session() as session:

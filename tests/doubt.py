@@ -1,56 +1,53 @@
-"""The article's doubt in a picture: a wrong digit with a small pixel error, and a right one with a large.
+"""The article's doubt in a picture: python tests/doubt.py [FILE], by default samples/doubt.png
 
-python tests/doubt.py   # writes samples/doubt.png
+A wrong digit has a small error, pixel by pixel, and a right digit has a large one.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tensorflow as tf
+import theory
 from matplotlib.figure import Figure
 
 import train_ae
 
-SAMPLES = Path(train_ae.__file__).resolve().parent / "samples"
 
-
-def cases():
-    """Return the first 7 of the test digits, the same with two stray pixels, and moved by 1 down and 2 to the right."""
-    with np.load(SAMPLES / "mnist_5k.npz") as file:
-        seven = file["test_images"][file["test_labels"] == 7][:1] / np.float32(255)
+def make_cases():
+    """Return the first 7 of the test digits, and changed ones, {title: (1, 28, 28, 1)}."""
+    with np.load(train_ae.BUNDLED) as file:
+        sevens = file["x_test"][file["y_test"] == 7]
+    seven = sevens[:1] / np.float32(255)
     stray = seven.copy()
     stray[0, [4, 24], [24, 4]] = 1  # both are black in the 7
-    return {"a 7": seven, "two stray pixels": stray, "moved by 1 and 2": np.roll(seven, (1, 2), axis=(1, 2))}
-
-
-def figures(image, other):
-    """Return what the script says of a reconstruction: name to value."""
     return {
-        "squared error": float(train_ae.squared_error(image, other)[0]),
-        "shift-tolerant error": float(train_ae.shift_tolerant_error(image, other)[0]),
-        "PSNR (dB)": float(tf.image.psnr(image, other, 1)[0]),
-        "SSIM": float(tf.image.ssim(image, other, 1)[0]),
+        "a 7": seven,
+        "two stray pixels": stray,
+        "moved by 1 and 2": np.roll(seven, (1, 2), axis=(1, 2)),
     }
 
 
-def draw():
-    """Return the picture: the three digits, and under the changed ones all figures."""
+def draw(cases):
+    """Return the picture: the digits, and under the changed ones their metrics."""
     figure = Figure(figsize=(8.4, 3.5))
-    digits = cases()
-    for axes, (name, image) in zip(figure.subplots(1, 3), digits.items(), strict=True):
+    for axes, (title, image) in zip(figure.subplots(1, 3), cases.items(), strict=True):
         axes.imshow(image[0, ..., 0], cmap="gray", vmin=0, vmax=1)
-        axes.set(xticks=[], yticks=[], title=name)
-        words = figures(digits["a 7"], image) if name != "a 7" else {}
-        for row, (what, value) in enumerate(words.items()):
-            at = {"transform": axes.transAxes, "va": "top", "weight": "bold" if "tolerant" in what else None}
-            axes.text(0, -0.05 - 0.1 * row, what, **at)
-            axes.text(1, -0.05 - 0.1 * row, f"{value:.2f}", ha="right", **at)
+        axes.set(xticks=[], yticks=[], title=title)
+        if title == "a 7":
+            continue
+        metrics = theory.compare(cases["a 7"], image)
+        for row, (name, values) in enumerate(metrics.items()):
+            place = {
+                "y": -0.05 - 0.1 * row,
+                "va": "top",
+                "transform": axes.transAxes,
+            }
+            weight = "bold" if "tolerant" in name else "normal"
+            axes.text(0, s=name, weight=weight, **place)
+            axes.text(1, s=f"{values[0]:.2f}", weight=weight, ha="right", **place)
     figure.subplots_adjust(0.01, 0.29, 0.99, 0.92, wspace=0.15)
     return figure
 
 
 if __name__ == "__main__":
-    draw().savefig(SAMPLES / "doubt.png", dpi=100)
+    path = sys.argv[1] if sys.argv[1:] else train_ae.BUNDLED.parent / "doubt.png"
+    draw(make_cases()).savefig(path, dpi=100)

@@ -1,59 +1,68 @@
-"""A synthetic set of colour pictures: python tests/shapes.py FOLDER [COUNT] [SIZE].
+"""A synthetic set of colour pictures: python tests/shapes.py FOLDER [COUNT] [SIZE]
 
-Each shows a circle, a square, a triangle or a star of random colour, place, size and angle, on a background that runs
-from one colour to another. They lie in subfolders named by shape. The same call draws the same pictures.
+Each shows a circle, a square, a star or a triangle of random colour, place, size and angle, on a
+background that runs from one colour to another. They lie in subfolders named by shape. The same
+call draws the same pictures.
 """
 
-import colorsys
-import math
 import sys
+from cmath import pi, rect
+from colorsys import hsv_to_rgb
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-CORNERS = {"circle": 0, "square": 4, "star": 10, "triangle": 3}
-DETAIL = 4  # drawn so many times as large, then scaled down: smooth edges
+# How far each corner is from the middle.
+SHAPES = {
+    "circle": [],
+    "square": [1] * 4,
+    "star": [1, 0.45] * 5,
+    "triangle": [1] * 3,
+}
 
 
-def draw_shape(name, size, random):
+def to_rgb(hue, saturation, value):
+    """Return a colour as Pillow has it."""
+    parts = hsv_to_rgb(hue % 1, saturation, value)
+    return tuple(round(255 * part) for part in parts)
+
+
+def draw_shape(corners, size, uniform):
     """Return one picture, size x size, RGB."""
-    hue = random.random()
-    corners = [
-        colorsys.hsv_to_rgb((hue + random.uniform(-0.07, 0.07)) % 1, random.uniform(0.4, 0.75), value)
-        for value in random.uniform(0.2, 0.6, 4)
-    ]
-    corners = Image.fromarray(np.rint(np.reshape(corners, (2, 2, 3)) * 255).astype(np.uint8))
-    large = size * DETAIL
-    picture = corners.resize((large, large), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
-    bright = colorsys.hsv_to_rgb((hue + random.uniform(0.2, 0.8)) % 1, random.uniform(0.6, 0.95), 1)
-    color = tuple(round(255 * part) for part in bright)
-    radius = random.uniform(0.22, 0.4) * large
-    x, y = random.uniform(radius + 0.03 * large, 0.97 * large - radius, 2)
-    turn = random.uniform(0, 2 * math.pi)
-    draw = ImageDraw.Draw(picture)
-    if name == "circle":
-        draw.circle((x, y), 0.88 * radius, color)
+    large = 4 * size  # scaled down at the end: smooth edges
+    hue = uniform()
+    colors = []
+    for value in uniform(0.2, 0.6, 4):
+        colors.append(to_rgb(hue + uniform(-0.07, 0.07), uniform(0.4, 0.75), value))
+    background = Image.fromarray(np.array(colors, np.uint8).reshape(2, 2, 3))
+    picture = background.resize((large, large), Image.Resampling.BILINEAR, (0.5, 0.5, 1.5, 1.5))
+
+    color = to_rgb(hue + uniform(0.2, 0.8), uniform(0.6, 0.95), 1)
+    radius = uniform(0.22, 0.4) * large
+    x, y = uniform(radius + 0.03 * large, 0.97 * large - radius, 2)
+    turn = uniform(0, 2 * pi)
+    points = []
+    for index, corner in enumerate(corners):
+        spoke = rect(radius * corner, turn + 2 * pi * index / len(corners))
+        points.append((x + spoke.real, y + spoke.imag))
+    pen = ImageDraw.Draw(picture)
+    if points:
+        pen.polygon(points, color)
     else:
-        count = CORNERS[name]
-        points = []
-        for corner in range(count):
-            reach = radius * (0.45 if name == "star" and corner % 2 else 1)
-            angle = turn + 2 * math.pi * corner / count
-            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-        draw.polygon(points, color)
+        pen.circle((x, y), 0.88 * radius, color)
     return picture.resize((size, size), Image.Resampling.BOX)
 
 
-def draw(folder, count=2000, size=64, seed=0):
-    """Draw `count` pictures, as many of each shape as can be, as PNG files in subfolders of a folder."""
-    random = np.random.default_rng(seed)
+def draw(folder, count=2000, size=64):
+    """Draw `count` pictures, as many of each shape as can be, as PNG files in subfolders."""
+    uniform = np.random.default_rng(0).uniform
     for index in range(count):
-        name = list(CORNERS)[index % len(CORNERS)]
+        name = list(SHAPES)[index % 4]
         path = Path(folder, name, f"{index:05}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_shape(name, size, random).save(path)
+        draw_shape(SHAPES[name], size, uniform).save(path)
 
 
 if __name__ == "__main__":
-    draw(sys.argv[1], *map(int, sys.argv[2:4]))
+    draw(sys.argv[1], *map(int, sys.argv[2:]))

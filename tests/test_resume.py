@@ -1,380 +1,501 @@
-"""The same command again resumes a run, to the bit, wherever it was killed or stopped."""
+"""Resuming: kills, signals, faults and damage, and what a resumed run refuses or says."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import sys
-import threading
+import time
+from functools import cache, partial
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
-from events import scalars, shown
-from PIL import Image
-from runs import Finished, assert_same_run, assert_same_weights, call_here, made, said, start, wait_for
+from helpers import ROOT, SCRIPT, Finished, assert_same_run, call, edited_copy, here, said, start
 
-import train_ae
-
-SHORT = ["--run-name", "x", "--steps", "400", "--checkpoint-every", "60"]
-# whatever makes a part of a run's state: moments of several models, tied kernels, a rate that falls, epochs
-EVERYTHING = ["--depth", "2", "--latent-dim", "5", "--tied", "--pretrain-steps", "70", "--schedule", "cosine"]
-EVERYTHING += ["--batch-size", "7", "--run-name", "x", "--steps", "130", "--checkpoint-every", "60"]
+from train_ae import Settings
 
 
-@pytest.fixture(scope="session")
-def left_alone(tiny, tmp_path_factory):
-    return made(tmp_path_factory, "left_alone", [*tiny, *SHORT])
+def split(words):
+    """Return the words of a command line."""
+    return words.split()
+
+
+SHORT = split("--run-name x --steps 100 --checkpoint-every 30")
+LONGER = split("--run-name x --steps 150 --checkpoint-every 30")
+LONG = split("--run-name x --steps 600 --checkpoint-every 200 --sample-every 600")
+# All that makes a part of a run's state: several phases, tied kernels, noise, a rate that falls.
+EVERYTHING = split(
+    "--run-name x --steps 130 --checkpoint-every 60 --batch-size 7 --pretrain-steps 70 --tied"
+    " --latent-dim 5 --noise 0.2 --schedule cosine"
+)
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals, and no limits")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full and /proc")
+
+# --------------------------------------------------------------------------------------------------
+# The script in processes of its own, which are forked, for time's sake
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """What starts processes: from one that has TensorFlow already, where that can fork."""
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        context.Process(target=int).start()
+    return context
+
+
+class Job:
+    """The script in a folder; `events` are called before files of these names get them."""
+
+    def __init__(self, processes, folder, *arguments, script=SCRIPT, events=(), limit=None):
+        self.folder = folder
+        words = [str(script), *arguments]
+        self.process = processes.Process(target=work, args=(folder, words, dict(events), limit))
+        self.process.start()
+
+    def end(self):
+        """Wait for the end; return the status, the lines of standard error, and the output."""
+        self.process.join(100)
+        self.process.kill()
+        errors, output = [(self.folder / name).read_text() for name in ("err", "out")]
+        return self.process.exitcode, said(errors), output
+
+
+def work(folder, words, events, limit):
+    """Do what `python` does with these words."""
+    os.chdir(folder)
+    for number, name in enumerate(["out", "err"], start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if limit:
+        import resource  # which Windows has not
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    replace = Path.replace
+
+    def replace_and_more(part, path):
+        for name, event in events.items():
+            if path.match(name):
+                event()
+        return replace(part, path)
+
+    Path.replace = replace_and_more  # since no outside can choose these moments
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def alone(processes, tiny, tmp_path_factory):
+    """A function that returns the run of these arguments, made once and left alone."""
+
+    @cache
+    def make(*arguments):
+        job = Job(processes, tmp_path_factory.mktemp("alone"), *tiny, *arguments)
+        assert job.end()[:2] == (0, [])
+        return Finished(job.folder)
+
+    return make
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder of its own, and the signals as the command line has them."""
+def run(alone, tmp_path, monkeypatch):
+    """A copy of the short run, in the working folder."""
+    shutil.copytree(alone(*SHORT).cwd, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_ae.py"])
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    return Finished(tmp_path)
 
 
-def state(folder):
-    """Return the time and size of all that is in a folder."""
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+@pytest.fixture
+def job(processes, tiny, tmp_path):
+    """A function that runs the script in the test's folder to its end."""
+    return lambda *words, **options: Job(processes, tmp_path, *tiny, *words, **options).end()
 
 
-# --- kill ---
-def test_killed_at_random_moments_a_run_ends_as_if_left_alone(left_alone, tiny, tmp_path, monkeypatch):
-    """Each process is killed after a random number of the lines that it prints, and a moment."""
+@pytest.fixture
+def refuse(capsys):
+    """A function that asserts that a run ends with a status and a line with these words."""
+
+    def refuse(status, *words, arguments):
+        before = bytes_in(Path.cwd())
+        capsys.readouterr()
+        assert here(*arguments) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert [word for word in ("train_ae.py: ", *words) if word not in line] == [], line
+        assert bytes_in(Path.cwd()) == before
+
+    return refuse
+
+
+def bytes_in(folder):
+    """Return the content of all files below a folder, but for the lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in paths}
+
+
+def checkpoints(run):
+    """Return the paths of a run's checkpoints, and their steps."""
+    paths = sorted(run.logs.glob("checkpoints/step_*.npz"))
+    return paths, [int(path.stem.removeprefix("step_")) for path in paths]
+
+
+# --------------------------------------------------------------------------------------------------
+# Kills and signals
+
+
+def send(names):
+    """Send signals to this process."""
+    for name in names.split():
+        os.kill(os.getpid(), signal.Signals["SIG" + name])
+        time.sleep(0.05)
+
+
+# A file, the signals that come before it gets its name, and the status: one after the other in one
+# run. The third leaves pretraining half done, and the fifth training.
+STOPS = [
+    ("config.json", "KILL", -9),
+    ("step_*00060.npz", "KILL", -9),
+    ("step_*00070.npz", "INT TERM INT", 130),
+    ("step_*00140.npz", "KILL", -9),
+    ("step_00000.png", "TERM INT", 143),
+    ("step_00050.png", "KILL", -9),
+    ("step_*00270.npz", "KILL", -9),
+    ("autoencoder.keras", "INT INT", 130),
+    ("training.gif", "KILL", -9),
+    ("metrics.json", "TERM", 143),
+]
+
+
+@posix
+def test_stopped_at_every_file_a_run_ends_as_if_left_alone(job, alone, tiny, tmp_path):
+    words = shlex.join([str(SCRIPT), *tiny, *EVERYTHING])
+    for file, names, status in STOPS:
+        found, errors, _ = job(*EVERYTHING, events={file: partial(send, names)})
+        assert (file, found) == (file, status)
+        line = f"train_ae.py: stopped; to resume: python {words}"
+        assert errors == ([] if status == -9 else [line])
+        assert not (tmp_path / "logs" / "x" / "metrics.json").exists()
+    status, errors, output = job(*EVERYTHING)
+    assert (status, errors) == (0, [])
+    assert "resumes  after step 270 of 270" in output
+    assert_same_run(Finished(tmp_path), alone(*EVERYTHING))
+
+
+@posix
+@pytest.mark.stress
+@pytest.mark.parametrize("turn", range(3))
+def test_stopped_at_random_moments_too(turn, processes, alone, tiny, tmp_path):
     seed = random.SystemRandom().randrange(10**9)
     print("seed", seed)
-    draw = random.Random(seed)
-    for kill in range(3):
-        with start(*tiny, *SHORT, cwd=tmp_path) as process:
-            wait_for(process, "view" if kill == 0 else "step ")
-            for _ in range(draw.randrange(5)):
-                process.stdout.readline()
-            process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    monkeypatch.chdir(tmp_path)
-    assert call_here(*tiny, *SHORT) == 0
-    assert_same_run(left_alone, Finished(tmp_path, "x"))
+    draws = random.Random(seed)
+    status = None
+    while status != 0:
+        job = Job(processes, tmp_path, *tiny, *EVERYTHING)
+        job.process.join(draws.uniform(0.2, 2.5))
+        if job.process.is_alive():
+            os.kill(job.process.pid, draws.choice([signal.SIGKILL, signal.SIGINT]))
+        status, errors, _ = job.end()
+        assert (status, len(errors)) in [(0, 0), (-9, 0), (130, 1), (-2, 0)]  # -2: before it looks
+    assert_same_run(Finished(tmp_path), alone(*EVERYTHING))
 
 
-class Killed(BaseException):
-    """What ends a process at once: nothing is written after it."""
+IMPORT = """
+import os, signal, time
+for name in "{}".split():
+    os.kill(os.getpid(), signal.Signals["SIG" + name])
+    time.sleep(0.02)
+time.sleep(60)
+"""
 
 
-def test_killed_at_any_file_a_run_ends_as_if_left_alone(tiny, tmp_path, monkeypatch, tmp_path_factory):
-    """Copies of the folders, taken each time before and after a file gets its name, are what SIGKILL would leave."""
-    short = [*tiny, "--run-name", "x", "--steps", "50", "--sample-every", "20", "--checkpoint-every", "20"]
-    kept, left = train_ae.write_atomically, tmp_path / "left_0"
-    copies = {}
-
-    def write(path, save):
-        def save_and_copy(part):
-            save(part)
-            copies[f"before {path.name} {len(copies)}"] = tmp_path / f"left_{len(copies) + 1}"
-            shutil.copytree(left, tmp_path / f"left_{len(copies)}")
-
-        kept(path, save_and_copy)
-
-    left.mkdir()
-    monkeypatch.chdir(left)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ae, "write_atomically", write)
-        assert call_here(*short) == 0
-    names = [re.search(r"before (\S+)", name)[1] for name in copies]
-    assert {"config.json", "step_00040.png", "step_00000040.npz", "autoencoder.keras", "summary.png"} <= {*names}
-    assert names.count("metrics.json") == 2
-    draw = random.Random(random.SystemRandom().randrange(10**9))
-    # always the first file and the last, and one of the others
-    chosen = [next(iter(copies)), list(copies)[-1], draw.choice(list(copies)[1:-1])]
-    for name in chosen:
-        print(name)
-        monkeypatch.chdir(copies[name])
-        assert call_here(*short) == 0
-        assert_same_run(Finished(left, "x"), Finished(copies[name], "x"))
-        assert not list(copies[name].rglob(".part-*")), name
+@posix
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [("INT", 130), ("TERM", 143), ("INT TERM INT", 130)],
+)
+def test_signals_during_the_imports_end_the_process_at_once(names, status, tmp_path):
+    (tmp_path / "keras.py").write_text(IMPORT.format(names))  # found before the real one
+    process = call("--run-name", "x", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    line = f"train_ae.py: stopped; to resume: python {SCRIPT} --run-name x"
+    assert (process.returncode, said(process.stderr)) == (status, [line])
+    assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("number", [2, 4])
-def test_kill_between_two_folders_does_not_burn_the_name(number, tiny, here, monkeypatch):
-    kept, made = Path.mkdir, set()
-
-    def mkdir(path, *arguments, **options):
-        kept(path, *arguments, **options)
-        made.add(path)
-        if len(made) == number:  # of logs, x in it, checkpoints, samples, x in it
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "mkdir", mkdir)
-        with pytest.raises(Killed):
-            call_here(*tiny, "--run-name", "x", "--steps", "2")
-    assert len(list(here.rglob("*"))) == number
-    assert call_here(*tiny, "--run-name", "x", "--steps", "2") == 0
-
-
-# --- signals ---
-def signal_at(monkeypatch, phase, step, number):
-    """Make the next run get a signal where it goes on from a step of a phase."""
-    kept = train_ae.make_train_steps
-
-    def make(which, *others):
-        steps = kept(which, *others)
-
-        def train(first, last):
-            losses = steps(first, last)
-            if which.name == phase and first <= step < last:
-                signal.raise_signal(number)
-            return losses
-
-        return train
-
-    monkeypatch.setattr(train_ae, "make_train_steps", make)
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_run_is_saved_and_the_command_that_it_prints_resumes_it(
-    number, status, left_alone, tiny, here, monkeypatch, capsys
+@posix
+def test_a_process_that_trains_keeps_others_off_and_says_how_to_resume(
+    processes, alone, tiny, tmp_path, monkeypatch, refuse
 ):
-    folder = here / "it's a folder"  # which a shell would take apart
-    shutil.copytree(tiny[1], folder)
-    arguments = ["--dataset", folder.name, *tiny[2:], *SHORT[2:]]
-    monkeypatch.setattr(sys, "argv", ["train_ae.py", *arguments])
-    with monkeypatch.context() as patch:
-        signal_at(patch, "train", 250, number)
-        assert call_here(*arguments) == status
-    text = capsys.readouterr()
-    (line,) = text.err.splitlines()
-    assert "Traceback" not in text.out
-    command = shlex.split(re.search(r": stopped; to resume: (.+)", line)[1])
-    (name,) = (path.name for path in (here / "logs").iterdir())
-    assert command == ["python", "train_ae.py", *arguments, "--run-name", name]
-    newest = max((here / "logs" / name / "checkpoints").iterdir())
-    assert 240 < int(re.fullmatch(r"step_(\d{8})\.npz", newest.name)[1]) <= 300
-    assert not (here / "logs" / name / "metrics.json").exists()
-    assert call_here(*command[2:]) == 0
-    said_steps = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert said_steps == [300, 350, 400]
-    assert_same_weights(left_alone, Finished(here, name))
-    for one in left_alone.samples.iterdir():
-        assert one.read_bytes() == (here / "samples" / name / one.name).read_bytes(), one.name
-    steps, losses = scalars(here / "logs" / name / "train")
-    np.testing.assert_array_equal((steps, losses), scalars(left_alone.logs / "train"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny[1], "it's a folder")  # which a shell would take apart
+    arguments = ["--dataset", "it's a folder", *tiny[2:], *LONG[2:]]
+    with start(*arguments, cwd=tmp_path) as process:
+        process.wait_for("step      0")
+        process.send_signal(signal.SIGSTOP)
+        (logs,) = Path("logs").iterdir()
+        same = [*arguments, "--run-name", logs.name]
+        refuse(2, "another process", str(logs), arguments=same)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        status, (line,) = process.finish()
+    assert status == 143
+    command = shlex.split(line.removeprefix("train_ae.py: stopped; to resume: "))
+    assert command == ["python", str(SCRIPT), *same]
+    status, _, output = Job(processes, tmp_path, *command[2:]).end()
+    assert status == 0
+    assert re.search("resumes  after step [1-5]00? of 600", output)
+    assert_same_run(Finished(tmp_path, logs.name), alone(*LONG))
 
 
-def test_signals_of_a_terminal_stop_the_script_itself(tiny, tmp_path):
-    """The script as a process: a run that would never end is saved, and its name is in the command."""
-    with start(*tiny, "--steps", 10**9, cwd=tmp_path) as process:
-        wait_for(process, "step      0")
-        wait_for(process, "step ")
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    (line,) = said(error)
-    (name,) = (path.name for path in (tmp_path / "logs").iterdir())
-    assert line.startswith("train_ae.py: stopped; to resume: python ")
-    assert line.endswith(f"train_ae.py {shlex.join(tiny)} --steps 1000000000 --run-name {name}")
-    saved = max((tmp_path / "logs" / name / "checkpoints").iterdir())
-    steps, _ = scalars(tmp_path / "logs" / name / "train")
-    np.testing.assert_array_equal(steps, np.arange(int(saved.stem.removeprefix("step_"))))
+# --------------------------------------------------------------------------------------------------
+# The same command, and others
 
 
-@pytest.mark.parametrize(("phase", "step"), [("pretrain/conv2", 60), ("train", 77)])
-def test_run_with_everything_resumes_to_the_bit(phase, step, pictures, here, monkeypatch, tmp_path_factory):
-    arguments = ["--dataset", str(pictures), *EVERYTHING]
-    alone = made(tmp_path_factory, "everything", arguments)
-    with monkeypatch.context() as patch:
-        signal_at(patch, phase, step, signal.SIGINT)
-        assert call_here(*arguments) == 130
-    assert call_here(*arguments) == 0
-    assert_same_run(alone, Finished(here, "x"))
-    curves = shown(here / "logs" / "x")
-    pretrained = [key for key in curves if key[0].startswith("pretrain/")]
-    assert len(pretrained) == 3 and all([at for at, _ in curves[key]] == [*range(70)] for key in pretrained)
+def test_steps_may_grow_and_pictures_may_move(run, job, alone, tiny):
+    assert checkpoints(run)[1] == [60, 90, 100]
+    shutil.copytree(tiny[1], "elsewhere")
+    assert "resumes  after step 100 of 150" in job(*LONGER, "--dataset", "elsewhere")[2]
+    assert_same_run(run, alone(*LONGER))
 
 
-def test_stop_while_the_end_is_written_resumes_too(left_alone, tiny, here, monkeypatch):
-    def stop(*_):
-        signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        signal_at(patch, "", 0, signal.SIGTERM)
-        patch.setattr(train_ae.Record, "draw", stop)
-        assert call_here(*tiny, *SHORT) == 143
-    assert not (here / "samples" / "x" / "summary.png").exists()
-    assert call_here(*tiny, *SHORT) == 0
-    assert_same_run(left_alone, Finished(here, "x"))
-
-
-# --- the same command, and others ---
-@pytest.fixture
-def complete(left_alone, tiny, here):
-    """A copy of the run that was left alone, in this folder."""
-    shutil.copytree(left_alone.cwd, here, dirs_exist_ok=True)
-    return Finished(here, "x")
+OTHER = [
+    "--steps 99",
+    "--batch-size 2",
+    "--learning-rate 0.002",
+    "--schedule cosine",
+    "--depth 2",
+    "--latent-dim 3",
+    "--tied",
+    "--pretrain-steps 1",
+    "--noise 0.1",
+    "--initializer article",
+    "--sample-every 51",
+    "--checkpoint-every 31",
+    "--seed 1",
+    "--image-size 8",
+]
+PLACES = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
 
 
-def test_complete_run_says_so_and_touches_no_file(complete, tiny, capsys):
-    before = state(complete.cwd)
-    assert call_here(*tiny, *SHORT) == 0
-    text = capsys.readouterr()
-    assert text.out.splitlines() == [f"{Path('logs', 'x')} is complete: all of its 400 steps are done"]
-    assert not text.err and state(complete.cwd) == before
+def test_other_settings_are_refused(run, tiny, refuse):
+    names = [words.split()[0].removeprefix("--").replace("-", "_") for words in OTHER]
+    assert {*names} == Settings.model_fields.keys() - PLACES
+    for name, words in zip(names, OTHER, strict=True):
+        arguments = [*tiny, *SHORT, *words.split()]
+        refuse(2, f"logs/x was begun with {name} ", "--run-name", arguments=arguments)
 
 
-OTHER = {
-    "steps": ["--steps", "399"],
-    "batch_size": ["--batch-size", "2"],
-    "learning_rate": ["--learning-rate", "0.002"],
-    "schedule": ["--schedule", "cosine"],
-    "depth": ["--depth", "2"],
-    "latent_dim": ["--latent-dim", "3"],
-    "tied": ["--tied"],
-    "pretrain_steps": ["--pretrain-steps", "1"],
-    "sample_every": ["--sample-every", "51"],
-    "checkpoint_every": ["--checkpoint-every", "61"],
-    "seed": ["--seed", "1"],
-    "dataset": ["--dataset", "mnist"],
-    "image_size": ["--image-size", "8"],
+def test_steps_of_a_rate_that_falls_may_not_grow(tiny, run_here, refuse):
+    arguments = [*tiny, *split("--run-name x --schedule cosine --steps")]
+    run_here(*arguments, 20)
+    refuse(2, " steps 20,", arguments=[*arguments, 30])
+
+
+def test_other_images_or_labels_are_refused(run_here, refuse):
+    draws = np.random.default_rng(0)
+    arrays = {"y_train": np.arange(20) % 2, "y_test": np.arange(10) % 2}
+    arrays["x_train"] = draws.integers(0, 256, (20, 4, 4))
+    arrays["x_test"] = draws.integers(0, 256, (10, 4, 4))
+    np.savez("a.npz", **arrays)
+    arguments = split("--run-name x --depth 1 --steps 1 --dataset a.npz")
+    run_here(*arguments)
+    others = {"x_train": "training images", "x_test": "test images", "y_test": "labels"}
+    for name, what in others.items():
+        np.savez("a.npz", **arrays | {name: arrays[name][::-1]})
+        refuse(2, f"checksum of {what}", "logs/x", arguments=arguments)
+
+
+def test_other_versions_are_said(run, job, alone):
+    now = run.json("config")
+    names = ["keras", "onednn", "replicas", "script", "tensorflow", "threads"]
+    other = {name: f"other {name}" for name in names}
+    (run.logs / "config.json").write_text(json.dumps(now | other))
+    status, errors, output = job(*LONGER)
+    assert (status, errors) == (0, [])
+    for name in names:
+        text = f"was begun with {name} other {name}, and now it is {now[name]}: the last digits"
+        assert len(re.findall(f"^warning .*{text}", output, re.MULTILINE)) == 1
+    assert_same_run(run, alone(*LONGER))
+    assert run.json("config") == alone(*LONGER).json("config")
+
+
+LOSS = "    return squared_error(images, outputs)\n"
+NEW = ("    tied: bool", "    sharp: int = 1\n    tied: bool")
+EDITS = [
+    (LOSS, "    return tf.reduce_mean(tf.abs(images - outputs))\n", [], 0, "with script "),
+    ("= (16, 32,", "= (8, 32,", [], 2, "with conv1/bias [16], and now it is [8]: "),
+    (*NEW, [], 0, "with script "),
+    (*NEW, ["--sharp", "2"], 2, "with sharp 1, and now it is 2: "),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "words", "status", "text"), EDITS)
+def test_an_edited_script_says_what_differs(old, new, words, status, text, run, job):
+    script = edited_copy(run.cwd / "edited", (old, new))
+    before = bytes_in(run.logs)
+    found, errors, output = job(*LONGER, *words, script=script)
+    assert (found, len(errors)) == (status, status // 2)
+    assert f"logs/x was begun {text}" in output + "".join(errors)
+    assert (bytes_in(run.logs) == before) == (status == 2)
+
+
+def test_a_run_begun_anew_has_no_pictures_of_the_one_before(run, job):
+    shutil.rmtree("logs")
+    half = ["--steps", "50"]
+    assert job(*SHORT, *half)[:2] == job(*SHORT, *half, "--run-name", "y")[:2] == (0, [])
+    for name in ("training.gif", "summary.png"):
+        assert (run.samples / name).read_bytes() == Path("samples/y", name).read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# Damage
+
+DAMAGE = {
+    "cut short": lambda content: content[: len(content) // 3],
+    "one bit": lambda content: content[:999] + bytes([content[999] ^ 16]) + content[1000:],
+    "zeros": lambda content: bytes(len(content)),
+    "empty": lambda content: b"",
+    "no zip": lambda content: b"Not a checkpoint",
 }
 
 
-def test_every_setting_but_the_places_must_be_the_runs_own(complete, tiny, capsys):
-    assert OTHER.keys() == vars(train_ae.Settings()).keys() - train_ae.IGNORED_ON_RESUME
-    before = state(complete.cwd)
-    for name, words in OTHER.items():
-        assert call_here(*tiny, *SHORT, *words) == 2, name
-        text = capsys.readouterr()
-        assert not text.out and len(text.err.splitlines()) == 1
-        assert f" {name} " in text.err and str(Path("logs", "x")) in text.err and "--run-name" in text.err
-        assert state(complete.cwd) == before
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_gives_way_to_the_one_before(damage, run, job, alone):
+    path = checkpoints(run)[0][-1]
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    status, errors, output = job(*LONGER)
+    assert (status, errors) == (0, [])
+    assert f"warning  {path.relative_to(run.cwd)} is damaged" in output
+    assert "resumes  after step 90 of 150" in output
+    assert_same_run(run, alone(*LONGER))
 
 
-def test_moved_and_renamed_run_resumes(complete, left_alone, tiny, capsys):
-    (complete.cwd / "l").mkdir()
-    (complete.cwd / "s").mkdir()
-    complete.logs.rename(complete.cwd / "l" / "y")
-    complete.samples.rename(complete.cwd / "s" / "y")
-    moved = ["--run-name", "y", "--log-dir", complete.cwd / "l", "--sample-dir", "s", "--data-dir", "elsewhere"]
-    assert call_here(*tiny, *SHORT, *moved) == 0
-    assert "is complete" in capsys.readouterr().out
-    assert call_here(*tiny, *SHORT, *moved, "--steps", "450") == 0
-    assert "step    400" in capsys.readouterr().out
-    assert (complete.cwd / "s" / "y" / "step_00450.png").exists()
-    config = json.loads((complete.cwd / "l" / "y" / "config.json").read_text())
-    assert (config["run_name"], config["steps"], config["sample_dir"]) == ("y", 450, "s")
+BEYOND_REPAIR = [
+    ("checkpoints/*", b"", 1),
+    ("config.json", None, 2),
+    ("config.json", b"", 2),
+    ("config.json", b"5", 2),
+    ("config.json", b"\xff", 2),
+    ("config.json", b"[" * 10**5, 2),
+    ("config.json", b'{"a":' * 10**5, 2),
+]
 
 
-def test_steps_alone_may_grow_and_the_end_is_that_of_one_run(complete, tiny, tmp_path_factory, capsys):
-    longer = [*tiny, *SHORT, "--steps", "500"]
-    alone = made(tmp_path_factory, "longer", longer)
-    capsys.readouterr()
-    old = {path: path.read_bytes() for path in complete.logs.rglob("events.*")}
-    assert call_here(*longer) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [int(line.split()[1]) for line in lines] == [400, 450, 500]
-    assert complete.json("metrics.json")["steps"] == complete.json("config.json")["steps"] == 500
-    assert all(path.read_bytes() == content for path, content in old.items())  # new events go to files of their own
-    ours, theirs = shown(complete.logs), shown(alone.logs)
-    for key in theirs.keys() - {key for key in theirs if key[0] == "metrics"}:
-        assert ours[key] == theirs[key], key
-    for key in (key for key in theirs if key[0] == "metrics"):
-        assert [step for step, _ in ours[key]] == [400, 500] and ours[key][-1] == theirs[key][-1]
-    assert_same_weights(complete, alone)
-    assert [Image.open(complete.samples / name).size for name in ("summary.png", "latents.png")]
-    for path in alone.samples.iterdir():
-        assert path.read_bytes() == (complete.samples / path.name).read_bytes(), path.name
+@pytest.mark.parametrize(("pattern", "content", "status"), BEYOND_REPAIR)
+def test_damage_beyond_repair_is_one_line(pattern, content, status, run, tiny, refuse):
+    for path in run.logs.glob(pattern):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    named = "logs/x/config.json, " if status == 2 else "logs/x "
+    refuse(status, named, "another --run-name", arguments=[*tiny, *LONGER])
 
 
-def test_steps_of_a_rate_that_falls_may_not_grow(tiny, here, capsys):
-    arguments = [*tiny, "--run-name", "x", "--schedule", "cosine", "--steps"]
-    assert call_here(*arguments, "20") == 0
-    before = state(here)
-    capsys.readouterr()
-    assert call_here(*arguments, "30") == 2
-    assert " steps 20" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
-    assert state(here) == before
-    assert call_here(*arguments, "20") == 0
+def test_files_that_are_not_the_runs_own_are_left_alone(run, job, alone):
+    first, _, last = checkpoints(run)[0]
+    higher = last.with_name(last.name.replace("100", "999"))  # of a lower step
+    strays = [higher, run.samples / "step_x.png", run.samples / "step_00050 (copy).png"]
+    strays += [first.with_stem(f"{first.stem} (copy)"), first.with_stem("step_7")]
+    strays += [first.with_name(f".part-{first.name}"), run.logs / "train" / "notes"]
+    for path in strays:
+        shutil.copy(first, path)
+    cut, lost = (run.samples / f"step_{step:05}.png" for step in (50, 0))
+    cut.write_bytes(cut.read_bytes()[:99])
+    lost.unlink()
+    status, errors, output = job(*LONGER)
+    assert (status, errors) == (0, [])
+    assert f"warning  {higher.relative_to(run.cwd)} is damaged or not of this run" in output
+    for path in (cut, lost):
+        assert f"training.gif is made without {path.relative_to(run.cwd)}" in output
+    assert "resumes  after step 100 of 150" in output
+    content = strays[0].read_bytes()
+    for path in strays:
+        assert path.read_bytes() == content, path
+        path.unlink()
+    for name in (cut.name, lost.name, "training.gif"):
+        shutil.copy(alone(*LONGER).samples / name, run.samples)
+    assert_same_run(run, alone(*LONGER))
 
 
-@pytest.fixture
-def stopped(complete):
-    """The run as it was at a checkpoint, before its end."""
-    (complete.logs / "metrics.json").unlink()
-    (complete.logs / "autoencoder.keras").unlink()
-    (complete.logs / "checkpoints" / "step_00000400.npz").unlink()
-    return complete
+@pytest.mark.parametrize("rate", ["1e18", "1e25", "1e39"])  # after some steps, two, and one
+def test_what_is_not_finite_leaves_the_last_good_checkpoint(rate, job, tmp_path):
+    status, errors, _ = job(*SHORT, "--learning-rate", rate, "--checkpoint-every", "1")
+    (line,) = errors
+    assert (status, "--learning-rate" in line) == (1, True)
+    last = int(re.search(r"not finite after step (\d+)", line)[1])
+    paths, steps = checkpoints(Finished(tmp_path))
+    assert steps == [*range(1, last)][-3:]
+    for path in paths:
+        with np.load(path) as arrays:
+            assert all(np.isfinite(arrays[name]).all() for name in arrays)
 
 
-def test_other_versions_are_a_line_each_and_the_run_goes_on(stopped, left_alone, tiny, capsys):
-    now = stopped.json("config.json")
-    other = {name: f"other {name}" for name in ("tensorflow", "keras", "onednn", "replicas")}
-    (stopped.logs / "config.json").write_text(json.dumps(now | other))
-    assert call_here(*tiny, *SHORT) == 0
-    text = capsys.readouterr()
-    lines = [line for line in text.out.splitlines() if line.startswith("warning")]
-    assert len(lines) == 4 and not text.err
-    for name, value in other.items():
-        (line,) = (line for line in lines if value in line)
-        assert f" {name} " in line and str(now[name]) in line
-    assert_same_run(left_alone, stopped)  # its config.json too, with the versions of now
+# --------------------------------------------------------------------------------------------------
+# Disks, folders, memory
 
 
-@pytest.mark.parametrize("change", ["one picture", "one more picture"])
-def test_other_images_than_before_are_refused(change, stopped, tiny, capsys):
-    folder = stopped.cwd / "changed"
-    shutil.copytree(tiny[1], folder)
-    pictures = sorted(folder.rglob("*.png"))
-    if change == "one picture":
-        for path in pictures[:10]:  # one at least is among those that train
-            Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    else:
-        for number in range(10):
-            shutil.copy(pictures[0], folder / f"more{number}.png")
-    config = stopped.json("config.json")
-    (stopped.logs / "config.json").write_text(json.dumps(config | {"dataset": "changed"}))
-    before = state(stopped.cwd)
-    assert call_here(*tiny, *SHORT, "--dataset", "changed") == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert " checksum " in error or (" training_images " in error and change == "one more picture")
-    assert state(stopped.cwd) == before
+FILES = """
+    logs/x/config.json samples/x/step_00000.png logs/x/checkpoints/step_000000000400.npz
+    logs/x/autoencoder.keras logs/x/latents.npz samples/x/training.gif logs/x/metrics.json
+"""
 
 
-# --- one process at a time ---
-def test_run_is_refused_to_a_second_process_while_the_first_trains(tiny, here, monkeypatch, capsys):
-    kept, statuses = train_ae.Record.log_test, []
-
-    def log_test(record, step):
-        if step == 50:
-            before = state(here)
-            # in a thread, since TensorFlow has one strategy to each
-            other = threading.Thread(target=lambda: statuses.append(call_here(*tiny, *SHORT)))
-            other.start()
-            other.join()
-            assert state(here) == before
-        return kept(record, step)
-
-    monkeypatch.setattr(train_ae.Record, "log_test", log_test)
-    assert call_here(*tiny, *SHORT) == 0
-    assert statuses == [2]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "another process is training" in line and str(Path("logs", "x")) in line
+@linux
+def test_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(job, alone, tmp_path):
+    for name in split(FILES):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f".part-{path.name}").symlink_to("/dev/full")
+        status, (line,), _ = job(*LONG)
+        assert status == 1
+        assert line.lower().endswith(f"{name} cannot be written: no space left on device")
+    assert job(*LONG)[:2] == (0, [])
+    assert_same_run(Finished(tmp_path), alone(*LONG))
 
 
-def test_lock_that_a_killed_process_left_is_no_obstacle(complete, tiny):
-    (lock,) = complete.logs.rglob(".lock")
-    with filelock.FileLock(lock):
-        assert call_here(*tiny, *SHORT, "--steps", "410") == 2
-    lock.write_text(str(os.getpid()))
-    assert call_here(*tiny, *SHORT, "--steps", "410") == 0
+@posix
+def test_full_disk_for_tensorboards_files_too(job, alone, tmp_path):
+    status, (line,), _ = job(*LONG, limit=22_000)  # more than any other file takes
+    assert status == 1
+    assert "logs/x" in line
+    assert job(*LONG)[:2] == (0, [])
+    assert_same_run(Finished(tmp_path), alone(*LONG))
+
+
+def take_away(folder):
+    """Put a file where a folder was."""
+    Path(folder).rename("away")
+    Path(folder).touch()
+
+
+@pytest.mark.parametrize("name", ["samples", "logs"])
+def test_folder_that_goes_away_is_one_line(name, job, alone, tmp_path):
+    status, (line,), _ = job(*LONG, events={"step_*00400.npz": partial(take_away, name)})
+    assert status == 1
+    assert name in line
+    (tmp_path / name).unlink()
+    (tmp_path / "away").rename(tmp_path / name)
+    assert job(*LONG)[:2] == (0, [])
+    assert_same_run(Finished(tmp_path), alone(*LONG))
+
+
+def note_memory():
+    """Add the pages of memory that this process holds to a file."""
+    with Path("pages").open("a") as file:
+        file.write(Path("/proc/self/statm").read_text().split()[1] + "\n")
+
+
+@linux
+@pytest.mark.stress
+def test_memory_does_not_grow_with_the_steps(job, tmp_path):
+    words = split("--sample-every 20000 --checkpoint-every 1000 --steps 100000")
+    assert job(*words, events={"step_*.png": note_memory})[0] == 0
+    pages = [int(line) for line in (tmp_path / "pages").read_text().split()]
+    print(pages)
+    assert (pages[-1] - pages[1]) * 4096 < 80_000 * 50  # a loss in a list takes 32 bytes

@@ -1,0 +1,262 @@
+"""What test files share: running the script, reading what a run leaves, comparing runs."""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the threads of several runs would slow one another
+ENVIRONMENT = dict(os.environ)  # a user's; the import below sets more
+
+import keras
+import numpy as np
+import tensorboard_data_server
+import tensorflow as tf
+from PIL import Image
+from tensorboard import context
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.data import grpc_provider, server_ingester
+from tensorboard.util import grpc_util, tensor_util
+
+import train_ae
+
+# As a run of one image a step sets them, before anything else here uses TensorFlow.
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.threading.set_inter_op_parallelism_threads(2)
+
+ROOT = Path(train_ae.__file__).resolve().parent
+SCRIPT = ROOT / "train_ae.py"
+
+# --------------------------------------------------------------------------------------------------
+# Running the script
+
+
+def command(*arguments, script=SCRIPT):
+    """Return the words of a command that runs the script."""
+    return [sys.executable, str(script), *map(str, arguments)]
+
+
+def call(*arguments, cwd, script=SCRIPT, **environment):
+    """Run the script as a user does, to its end; return the process."""
+    return subprocess.run(
+        command(*arguments, script=script),
+        cwd=cwd,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        errors="backslashreplace",
+        timeout=300,
+    )
+
+
+class Process(subprocess.Popen):
+    """The script in the background, in `with`: it does not outlive its test."""
+
+    def __init__(self, *arguments, cwd, **environment):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        env = ENVIRONMENT | environment
+        super().__init__(command(*arguments), cwd=cwd, env=env, start_new_session=True, **pipes)
+
+    def wait_for(self, begin):
+        """Read the lines that it prints, up to one that begins so."""
+        assert any(line.startswith(begin) for line in self.stdout), self.stderr.read()
+
+    def finish(self):
+        """Wait for its end; return its status and the lines of its standard error."""
+        _, errors = self.communicate(timeout=200)
+        return self.returncode, said(errors)
+
+    def __exit__(self, *error):
+        if self.poll() is None:
+            self.kill()
+        super().__exit__(*error)
+
+
+def start(*arguments, cwd, **environment):
+    """Start the script as a user does, in the background."""
+    return Process(*arguments, cwd=cwd, **environment)
+
+
+def start_workers(*arguments, cwd, count=2, own=None):
+    """Start the workers of one run on this machine; `own` gives one of them other arguments."""
+    addresses = free_addresses(count)
+    processes = []
+    for index in range(count):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        more = (own or {}).get(index, [])
+        processes.append(start(*arguments, *more, cwd=cwd, TF_CONFIG=config))
+    return processes
+
+
+def free_addresses(count):
+    """Return addresses on this machine where nobody listens."""
+    found = []
+    while len(found) < count:
+        address = ("127.0.0.1", random.SystemRandom().randrange(15000, 32000))
+        with socket.socket() as attempt:
+            if attempt.connect_ex(address) and address not in found:
+                found.append(address)
+    return [f"{host}:{port}" for host, port in found]
+
+
+def here(*arguments):
+    """Run the script's main() in this process and folder, which is quicker; return its status.
+
+    TensorBoard reads a run's files in the order of the seconds in their names: a second call in a
+    folder waits for the next one.
+    """
+    paths = Path.cwd().rglob("events.out.tfevents.*")
+    last = max((int(path.name.split(".")[3]) for path in paths), default=0)
+    while int(time.time()) <= last:
+        time.sleep(0.02)
+    try:
+        return train_ae.main(train_ae.parse_arguments([*map(str, arguments)]))
+    except SystemExit as stop:
+        return stop.code
+
+
+def said(errors):
+    """Return the lines of standard error, but for those that TensorFlow prints at its import."""
+    ignored = ("absl::InitializeLog", "cudart_stub")
+    return [line for line in errors.splitlines() if not any(word in line for word in ignored)]
+
+
+def edited_copy(folder, *edits):
+    """Copy the script and its digits into a folder, with (old, new) edits; return its path."""
+    text = SCRIPT.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "samples").mkdir(parents=True)
+    shutil.copy(train_ae.BUNDLED, folder / "samples")
+    (folder / "train_ae.py").write_text(text)
+    return folder / "train_ae.py"
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+class Finished:
+    """A run's folders, and what is in them."""
+
+    def __init__(self, cwd, name="x"):
+        self.cwd = Path(cwd)
+        self.logs = self.cwd / "logs" / name
+        self.samples = self.cwd / "samples" / name
+
+    def json(self, name):
+        return json.loads((self.logs / f"{name}.json").read_text())
+
+    def model(self):
+        return keras.models.load_model(self.logs / "autoencoder.keras")
+
+    def latents(self):
+        with np.load(self.logs / "latents.npz") as file:
+            return dict(file)
+
+    def checkpoint(self):
+        """Return the arrays of the newest checkpoint."""
+        with np.load(sorted(self.logs.glob("checkpoints/step_*.npz"))[-1]) as file:
+            return dict(file)
+
+    def losses(self, phase="train"):
+        """Return the loss of each step of a phase."""
+        return self.checkpoint()[phase]
+
+    def picture(self, name):
+        with Image.open(self.samples / name) as picture:
+            return np.asarray(picture)
+
+
+def scalars(folder, tag="loss"):
+    """Return steps and values of a scalar in TensorBoard's files of a folder."""
+    reader = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    events = {event.step: event.tensor_proto for event in reader.Tensors(tag)}
+    steps = sorted(events)
+    return steps, [tensor_util.make_ndarray(events[step]).item() for step in steps]
+
+
+def shown(logs):
+    """Return what TensorBoard's own server shows of a run: {(folder, tag): [(step, value), …]}."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = Path(folder, "port")
+        words = [tensorboard_data_server.server_binary(), "--logdir", logs, "--reload", "once"]
+        words += ["--port", "0", "--port-file", port, "--die-after-stdin", "--verbose"]
+        words += ["--samples-per-plugin", "scalars=all,images=all"]
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*map(str, words)], **pipes) as server:
+            try:
+                lines = []
+                while "Finished load cycle" not in "".join(lines[-1:]):
+                    lines.append(server.stderr.readline())
+                assert not [line for line in lines if "WARN" in line or "ERROR" in line], lines
+                return ask(f"localhost:{re.sub('[^0-9]', '', port.read_text())}")
+            finally:
+                server.kill()
+
+
+def ask(address):
+    """Return all scalars and pictures that a data server has."""
+    stub = server_ingester._make_stub(address, grpc_util.ChannelCredsType.LOCAL)
+    provider, nobody = grpc_provider.GrpcDataProvider(address, stub), context.RequestContext()
+    options = {"experiment_id": "", "downsample": 10**6}
+    found = {}
+    values = provider.read_scalars(nobody, plugin_name="scalars", **options)
+    for folder, tags in values.items():
+        for tag, points in tags.items():
+            found[folder, tag] = [(point.step, point.value) for point in points]
+    pictures = provider.read_blob_sequences(nobody, plugin_name="images", **options)
+    for folder, tags in pictures.items():
+        for tag, points in tags.items():
+            keys = [(point.step, [blob.blob_key for blob in point.values]) for point in points]
+            read = provider.read_blob
+            found[folder, tag] = [
+                (step, [read(nobody, blob_key=k) for k in ks]) for step, ks in keys
+            ]
+    return found
+
+
+def assert_same_run(one, other):
+    """Assert that two runs have the same checkpoint, metrics, pictures and curves, to the bit."""
+    ours, theirs = one.checkpoint(), other.checkpoint()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
+    metrics = [run.json("metrics") | {"seconds": 0} for run in (one, other)]
+    assert metrics[0] == metrics[1]
+    names = sorted(path.name for path in one.samples.iterdir())
+    assert names == sorted(path.name for path in other.samples.iterdir())
+    for name in names:
+        assert (one.samples / name).read_bytes() == (other.samples / name).read_bytes(), name
+    assert shown(one.logs) == shown(other.logs)
+    assert [step for step, _ in shown(one.logs)["train", "loss"]] == [*range(metrics[0]["steps"])]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures to train on
+
+
+def draw_pictures(folder, count=60, size=(8, 4)):
+    """Draw small colour pictures of two classes, "brightens" and "fades"; return the folder."""
+    draws = np.random.default_rng(0)
+    for index in range(count):
+        name = ("fades", "brightens")[index % 2]
+        shades = np.linspace(1, 0.5, size[0])[:: 1 if name == "fades" else -1]
+        image = draws.integers(0, 256, 3) * np.ones((size[0], size[1], 1)) * shades[:, None, None]
+        save_picture(folder / name / f"{index:02}.png", image)
+    return folder
+
+
+def save_picture(path, image):
+    """Save an array of eight bits as a picture, in folders that are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(image).astype(np.uint8)).save(path)
