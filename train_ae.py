@@ -98,7 +98,7 @@ class Settings(BaseModel):
     """steps of layer-wise pretraining for each pair of mirrored layers"""
     noise: NonNegativeFloat = 0
     """denoising: standard deviation of Gaussian noise added to the inputs, which are in [0, 1]"""
-    dataset: str = Field(default="mnist_5k", min_length=1)
+    dataset: Annotated[str, BeforeValidator(str)] = Field(default="mnist_5k", min_length=1)
     """mnist_5k (bundled digits), a folder of pictures, a .npz or .npy file, or a TFDS dataset"""
     image_size: CountOrZero = 0
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
@@ -137,7 +137,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         option = "--" + name.replace("_", "-")
         action = "store_true" if field.annotation is bool else "store"
         text = field.description
-        if field.get_default() is not None:
+        if field.default_factory is None and field.default is not None:
             text += f" (default: {field.default})"
         parser.add_argument(option, action=action, help=text)
     values = vars(parser.parse_args(arguments))
@@ -615,7 +615,7 @@ def read_tfds(name, data_dir):
         is_one_size = None not in features["image"].shape
     except Exception as error:  # TFDS raises many kinds for a wrong name
         raise SettingsError(
-            f"{name!r} is no folder, no .npz or .npy file, and no TFDS image dataset: {error!r}"
+            f"{name!r} is no folder, no .npz or .npy file, and no TFDS image dataset: {error}"
         ) from error
     if not builder.is_prepared():
         try:
@@ -666,7 +666,7 @@ def resize(image, size):
 
 def to_eight_bits(images, low, high):
     """Return images as uint8, scaled from their range, `low` to `high`, unless they are 8-bit."""
-    if not 0 < high - low < np.inf:
+    if not np.isfinite([low, high]).all() or low == high:
         raise SettingsError(f"all pixels are between {low:g} and {high:g}: nothing to learn")
     if images.dtype == np.uint8 and high > 1:
         return images
@@ -677,19 +677,19 @@ def to_eight_bits(images, low, high):
 def read_images(settings):
     """Return all images as (n, height, width, channels) uint8, and the reader's other values."""
     images, facts = [], []
-    low, high = np.inf, -np.inf  # of all images, before resizing
+    low, high, dtypes = np.inf, -np.inf, set()  # of all images, before resizing
     for image, *known in tqdm(choose_reader(settings), "reading", delay=2, disable=None):
         low = np.minimum(low, image.min())
         high = np.maximum(high, image.max())
+        dtypes.add(image.dtype)
         if settings.image_size:
             image = resize(image, settings.image_size)
         images.append(image)
         facts.append(known)
-        first = images[0]
-        if (image.shape, image.dtype) != (first.shape, first.dtype):
+        if image.shape != images[0].shape or len(dtypes) > 1:
             raise SettingsError(
-                f"images are {first.shape} {first.dtype}, and {image.shape} {image.dtype}: add"
-                " --image-size, such as 64, or convert them to one type"
+                f"images are {images[0].shape} and {image.shape}, of {', '.join(map(str, dtypes))}:"
+                " add --image-size, such as 64, or convert them to one type"
             )
     if not images or images[0].shape[2] not in (1, 3):
         raise SettingsError(f"{settings.dataset} must have images, with 1 or 3 channels")
