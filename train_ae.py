@@ -760,7 +760,7 @@ def choose_samples(data):
     """Return up to ten test images to show: one of each class, then others."""
     _, chosen = np.unique(data.labels, return_index=True)
     others = np.setdiff1d(np.arange(len(data.test)), chosen)
-    count = max(1, min(10, 1400 // data.test.shape[2]))
+    count = max(1, min(10, 1400 // (data.test.shape[2] + 2)))  # 1,400 pixels, with gaps of 2
     return data.test[np.concatenate([chosen, others])[:count]]
 
 
@@ -795,7 +795,9 @@ def write_json(path, values):
 def draw_grid(rows, title):
     """Return a picture of rows of images, each (n, height, width, channels) in [0, 1]."""
     pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
-    zoom = max(1, 100 // max(pixels.shape[2:4]))  # of small images, to about 100 pixels
+    _, count, height, width, _ = pixels.shape
+    # Small images are enlarged to about 100 pixels, and all of them to at most 1,400.
+    zoom = max(1, min(100 // max(height, width), 1400 // (count * (width + 2))))
     gaps = [(0, 0), (0, 0), (0, 2), (1, 1), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
@@ -974,9 +976,8 @@ IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
 WARNED = {"script", "tensorflow", "keras", "onednn", "threads", "replicas"}
 
 
-def describe_run(settings, data, autoencoder):
-    """Return everything that determines a run's numbers: the contents of config.json."""
-    shapes = {variable.path: list(variable.shape) for variable in autoencoder.variables}
+def describe_run(settings, data):
+    """Return everything that determines a run's numbers, but for the shapes of its weights."""
     facts = {
         "checksum of training images": zlib.crc32(data.train),
         "checksum of test images": zlib.crc32(data.test),
@@ -988,13 +989,13 @@ def describe_run(settings, data, autoencoder):
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
     }
-    return settings.model_dump(mode="json") | shapes | facts
+    return settings.model_dump(mode="json") | facts
 
 
 def find_differences(before, now):
     """Yield the name and both values of each difference between two configs."""
-    for name in sorted((before.keys() | now.keys()) - IGNORED):
-        if before.get(name) != now.get(name):
+    for name in before | now:  # in order: settings first
+        if name not in IGNORED and before.get(name) != now.get(name):
             yield name, before.get(name), now.get(name)
 
 
@@ -1066,13 +1067,23 @@ def compare_workers(config):
 def connect_workers():
     """Return the strategy for the workers of TF_CONFIG; wait for all of them."""
     print("workers  waiting for all workers of TF_CONFIG", flush=True)
+    handlers = {}
+    if stop_request.resume_command:
+        # TensorFlow waits without letting any thread of Python run: signals end the process.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, signal.SIG_DFL)
     try:
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        resolver.cluster_spec().task_address(resolver.task_type, resolver.task_id)
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except tf.errors.OpError as error:
         raise RunError(f"the workers cannot connect: {error.message}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def make_strategy(settings):
@@ -1182,13 +1193,15 @@ def prepare(settings):
     """Return the run of these settings, its phases, and its config."""
     keras.utils.set_random_seed(settings.seed)
     data = load_data(settings)
+    config = describe_run(settings, data)
+    if "TF_CONFIG" in os.environ:
+        # Before the model: workers that build different ones hang.
+        compare_workers(config | {"run name": settings.run_name})
     autoencoder, pairs = build_autoencoder(
         data.train.shape[1:], settings.depth, settings.latent_dim, settings.initializer
     )
     phases = plan_phases(autoencoder, pairs, settings)
-    config = describe_run(settings, data, autoencoder)
-    if "TF_CONFIG" in os.environ:
-        compare_workers(config | {"run": settings.run_name})
+    config |= {variable.path: list(variable.shape) for variable in autoencoder.variables}
     return Run(settings, data, autoencoder, phases), phases, config
 
 
@@ -1253,10 +1266,16 @@ def main(settings: Settings) -> int:
         status, text = 2, str(error)
     except (RunError, OSError) as error:
         status, text = 1, str(error) or repr(error)
-    except (MemoryError, tf.errors.ResourceExhaustedError):
-        status, text = 1, "out of memory: use a smaller --batch-size or --image-size"
-    except (tf.errors.UnavailableError, tf.errors.AbortedError):
-        status, text = 1, "another worker has ended: run the same commands again to resume"
+    except (MemoryError, tf.errors.OpError) as error:
+        status = 1
+        if "tfevents" in str(error):
+            text = f"{settings.log_dir / settings.run_name} cannot be written: is the disk full?"
+        elif isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
+            text = "out of memory: use a smaller --batch-size or --image-size"
+        elif isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+            text = "another worker has ended: run the same commands again to resume"
+        else:
+            raise
     print(f"train_ae.py: {text.splitlines()[0]}", file=sys.stderr)
     return status
 

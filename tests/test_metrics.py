@@ -157,10 +157,10 @@ def test_shift_tolerant_error_ranks_as_a_person_would():
     assert theory.shift_tolerant_error(seven, np.roll(seven, 3, axis=1)) > 0
 
 
-def test_scripts_are_run_as_commands(short_run, tmp_path):
-    (tmp_path / "samples/x").mkdir(parents=True)  # short_run is not written to
+def test_scripts_are_run_as_commands(tiny, run_here, tmp_path):
+    run = run_here(*tiny, "--steps", 1)
     for name, *arguments, status in [
-        ("theory.py", short_run.logs, 0),
+        ("theory.py", run.logs, 0),
         ("theory.py", "nowhere", 2),
         ("doubt.py", "doubt.png", 0),
         ("shapes.py", "one", 8, 0),
@@ -173,7 +173,7 @@ def test_scripts_are_run_as_commands(short_run, tmp_path):
         )
         assert process.returncode == status
         assert len(helpers.said(process.stderr)) <= 1
-    assert (tmp_path / "samples/x/latents.png").exists()
+    assert (run.samples / "latents.png").exists()
     assert (tmp_path / "doubt.png").exists()
     one = tmp_path / "one/star/00006.png"
     other = tmp_path / "other/star/00006.png"

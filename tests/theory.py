@@ -108,8 +108,8 @@ def open_run(folder):
     config = json.loads((folder / "config.json").read_text())
     saved = dict(np.load(folder / "latents.npz"))  # first: a run that goes on has none yet
     model = keras.models.load_model(folder / "autoencoder.keras")
-    settings = {name: config[name] for name in train_ae.Settings.model_fields}
-    settings = train_ae.Settings(**settings)
+    fields = train_ae.Settings.model_fields
+    settings = train_ae.Settings(**{name: config[name] for name in fields if name in config})
     data = train_ae.load_data(settings)
     if zlib.crc32(data.test) != config["checksum of test images"]:
         raise train_ae.SettingsError(f"{folder} was tested on other images than {settings.dataset}")
