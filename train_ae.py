@@ -136,7 +136,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
         action = "store_true" if field.annotation is bool else "store"
-        text = field.description
+        text = field.description or ""
         if field.default_factory is None and field.default is not None:
             text += f" (default: {field.default})"
         parser.add_argument(option, action=action, help=text)
@@ -440,6 +440,9 @@ def make_train_steps(phase, images, settings, writer):
 
     def train_step(step):
         loss = strategy.reduce("SUM", strategy.run(replica_step, [step]), axis=None)
+        if tied and replicas > 2:
+            # The order of sums over so many replicas makes equal gradients differ in the last bits.
+            tie_kernels(phase.model.trainable_variables)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
             tag = "loss" if phase.name == "train" else "loss/pretraining"
             tf.summary.scalar(tag, loss, step)
@@ -1064,26 +1067,36 @@ def compare_workers(config):
                 )
 
 
+def wait_for_workers():
+    """Return once all workers of TF_CONFIG listen: TensorFlow would wait deaf to signals."""
+    config = json.loads(os.environ["TF_CONFIG"])
+    workers = [address.rsplit(":", 1) for address in config["cluster"]["worker"]]
+    index = range(len(workers)).index(config["task"]["index"])
+    _, own_port = workers.pop(index)
+    with socket.create_server(("", int(own_port))):
+        while workers:
+            try:
+                socket.create_connection(workers[-1], timeout=1).close()
+                workers.pop()
+            except (ConnectionError, TimeoutError):
+                time.sleep(0.1)
+
+
 def connect_workers():
-    """Return the strategy for the workers of TF_CONFIG; wait for all of them."""
+    """Return the strategy for the workers of TF_CONFIG, once all of them are there."""
     print("workers  waiting for all workers of TF_CONFIG", flush=True)
-    handlers = {}
-    if stop_request.resume_command:
-        # TensorFlow waits without letting any thread of Python run: signals end the process.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, signal.SIG_DFL)
     try:
-        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        resolver.cluster_spec().task_address(resolver.task_type, resolver.task_id)
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        wait_for_workers()
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
-    except tf.errors.OpError as error:
-        raise RunError(f"the workers cannot connect: {error.message}") from error
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    except (OSError, tf.errors.OpError) as error:
+        raise RunError(f"the workers cannot connect: {error}") from error
+    if stop_request.resume_command:
+        # TensorFlow has installed a handler of its own.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    return strategy
 
 
 def make_strategy(settings):
