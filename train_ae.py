@@ -1295,4 +1295,8 @@ def main(settings: Settings) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
-    sys.exit(main(command_line_settings))
+    status = main(command_line_settings)
+    sys.stdout.flush()
+    if "TF_CONFIG" not in os.environ:
+        os._exit(status)  # at once: a signal would be lost while Python shuts down
+    sys.exit(status)
