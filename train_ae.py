@@ -898,7 +898,7 @@ class Run:
         """Open TensorBoard's event files, and write the model's graph."""
         self.writers = {}
         for name in [*self.losses, "preview"]:
-            # Events are buffered until save() flushes them, which reports errors of the disk.
+            # Flushed by train_steps() and by save() alone, not whenever some time has passed.
             options = {"max_queue": 10**6, "flush_millis": 10**9}
             if chief:
                 writer = tf.summary.create_file_writer(str(self.logs / name), **options)
@@ -1056,7 +1056,9 @@ def gather_from_workers(numbers):
 
 
 def compare_workers(config):
-    """Raise SettingsError if the workers have different configs, but for their threads."""
+    """Raise SettingsError if the workers, if any, have different configs, but for threads."""
+    if "TF_CONFIG" not in os.environ:
+        return
     text = json.dumps(config).encode().ljust(2**18)  # gathering needs equal lengths
     for number, row in enumerate(gather_from_workers(list(text))):
         for name, here, there in find_differences(config, json.loads(bytes(row.tolist()))):
@@ -1207,9 +1209,8 @@ def prepare(settings):
     keras.utils.set_random_seed(settings.seed)
     data = load_data(settings)
     config = describe_run(settings, data)
-    if "TF_CONFIG" in os.environ:
-        # Before the model: workers that build different ones hang.
-        compare_workers(config | {"run name": settings.run_name})
+    # Before the model: workers that build different ones hang.
+    compare_workers(config | {"run name": settings.run_name})
     autoencoder, pairs = build_autoencoder(
         data.train.shape[1:], settings.depth, settings.latent_dim, settings.initializer
     )
@@ -1251,8 +1252,7 @@ def train(settings: Settings) -> dict[str, Any]:
     with ONE_AT_A_TIME, make_strategy(settings).scope() as strategy:
         run, phases, config = prepare(settings)
         with open_run(run, config, chief=strategy.extended.should_checkpoint):
-            if "TF_CONFIG" in os.environ:
-                compare_workers({"the step to resume from": run.steps_done()})
+            compare_workers({"the step to resume from": run.steps_done()})
             total = sum(phase.steps for phase in phases)
             introduce(run, total)
             options = {"initial": run.steps_done(), "disable": None, "file": sys.stdout}

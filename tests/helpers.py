@@ -84,18 +84,6 @@ def start(*arguments, cwd, **environment):
     return Process(*arguments, cwd=cwd, **environment)
 
 
-def start_workers(*arguments, cwd, count=2, own=None):
-    """Start the workers of one run on this machine; `own` gives one of them other arguments."""
-    addresses = free_addresses(count)
-    processes = []
-    for index in range(count):
-        task = {"type": "worker", "index": index}
-        config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        more = (own or {}).get(index, [])
-        processes.append(start(*arguments, *more, cwd=cwd, TF_CONFIG=config))
-    return processes
-
-
 def free_addresses(count):
     """Return addresses on this machine where nobody listens."""
     found = []
