@@ -228,32 +228,32 @@ gc.enable()
 # Model
 
 
-def make_initializers(name, count):
-    """Return `count` initializers: a shared one would give equal layers identical values."""
+CONVOLUTION = {  # what all convolutions, and transposed convolutions, have in common
+    "kernel_size": 3,
+    "strides": 2,
+    "padding": "same",
+    "activation": "leaky_relu",  # Keras's slope is the article's, 0.2
+}
+
+
+def make_initializer(name):
+    """Return an initializer for one layer: layers of equal shape that share one start equal."""
     if name == "article":
-        return [keras.initializers.TruncatedNormal(stddev=0.02) for _ in range(count)]
-    return [keras.initializers.GlorotUniform() for _ in range(count)]  # Glorot & Bengio 2010
-
-
-def convolve(layer_type, images, initializer, **options):
-    """Apply a new stride-2 convolution, or transposed convolution, with a leaky ReLU."""
-    layer = layer_type(
-        kernel_size=3,
-        strides=2,
-        padding="same",
-        activation="leaky_relu",  # Keras's slope is the article's, 0.2
-        kernel_initializer=initializer,
-        **options,
-    )
-    return layer(images)
+        return keras.initializers.TruncatedNormal(stddev=0.02)
+    return keras.initializers.GlorotUniform()  # Glorot & Bengio 2010
 
 
 def build_encoder(image_shape, initializers, latent_dim):
     """Return the encoder's input and the output of each of its layers."""
     encoded = [keras.Input(image_shape)]
-    for number, initializer in enumerate(initializers):
-        options = {"name": f"conv{number + 1}", "filters": FILTERS[number]}
-        encoded.append(convolve(layers.Conv2D, encoded[-1], initializer, **options))
+    for number, initializer in enumerate(initializers, start=1):
+        layer = layers.Conv2D(
+            filters=FILTERS[number - 1],
+            kernel_initializer=initializer,
+            name=f"conv{number}",
+            **CONVOLUTION,
+        )
+        encoded.append(layer(encoded[-1]))
     if latent_dim:
         flat = layers.Flatten()(encoded[-1])
         encoded.append(layers.Dense(latent_dim, name="latent")(flat))
@@ -270,10 +270,15 @@ def build_decoder(encoded, initializers, latent_dim):
         restored.append(layers.Reshape(shape)(expand(restored[-1])))
     for number, initializer in enumerate(initializers, start=1):
         _, height, width, channels = conv_inputs[-number].shape
-        # 2n and 2n - 1 both halve to n: the padding tells which one to restore.
-        padding = (1 - height % 2, 1 - width % 2)
-        options = {"name": f"deconv{number}", "filters": channels, "output_padding": padding}
-        restored.append(convolve(layers.Conv2DTranspose, restored[-1], initializer, **options))
+        layer = layers.Conv2DTranspose(
+            filters=channels,
+            # 2n and 2n - 1 both halve to n: the padding tells which one to restore.
+            output_padding=(1 - height % 2, 1 - width % 2),
+            kernel_initializer=initializer,
+            name=f"deconv{number}",
+            **CONVOLUTION,
+        )
+        restored.append(layer(restored[-1]))
     # Tanh after a leaky ReLU, for images in [0, 1]: kept from the article.
     restored[-1] = layers.Activation("tanh", name="output")(restored[-1])
     return restored
@@ -295,7 +300,7 @@ def build_autoencoder(
     """
     if depth > len(FILTERS):
         raise SettingsError(f"depth {depth} needs as many FILTERS, but there are {len(FILTERS)}")
-    initializers = make_initializers(initializer, 2 * depth)
+    initializers = [make_initializer(initializer) for _ in range(2 * depth)]
     encoded = build_encoder(image_shape, initializers[:depth], latent_dim)
     restored = build_decoder(encoded, initializers[depth:], latent_dim)
     encoder = keras.Model(encoded[0], encoded[-1], name="encoder")
@@ -318,14 +323,9 @@ def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     return squared_error(images, outputs)
 
 
-def draw_noise(shape, settings, step):
-    """Return Gaussian noise, a pure function of seed and step."""
-    return tf.random.stateless_normal(shape, [settings.seed, step], stddev=settings.noise)
-
-
-def add_noise(images, noise):
-    """Return images in [0, 1] with noise added, clipped to that range."""
-    return tf.clip_by_value(images + noise, 0, 1)
+def draw_noise(shape, deviation, seed, step):
+    """Return Gaussian noise, a pure function of the arguments."""
+    return tf.random.stateless_normal(shape, [seed, step], stddev=deviation)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,8 +434,9 @@ def make_train_steps(phase, images, settings, writer):
             batch = tf.gather(images, indices[share])
         inputs = targets = phase.frozen(tf.cast(batch, tf.float32) / 255, training=False)
         if settings.noise and phase.name == "train":
-            shape = (settings.batch_size, *images.shape[1:])
-            inputs = add_noise(targets, draw_noise(shape, settings, step)[share])
+            shape = (settings.batch_size, *images.shape[1:])  # equal for any number of replicas
+            noise = draw_noise(shape, settings.noise, settings.seed, step)[share]
+            inputs = tf.clip_by_value(targets + noise, 0, 1)
         return update_weights(phase, inputs, targets, tied, replicas)
 
     def train_step(step):
@@ -471,27 +472,26 @@ def plan_phases(autoencoder, pairs, settings):
     the output of the frozen layers before them.
     """
     images, _ = pairs[0]
-    plans = []
-    if settings.pretrain_steps:
-        for (hidden, restored), (deeper, reconstructed) in pairwise(pairs):
-            encode = keras.Model(hidden, deeper)
-            decode = keras.Model(reconstructed, restored)
-            name = f"pretrain/{encode.layers[-1].name}"
-            pair = keras.Sequential([encode, decode])
-            # Hidden activations are no images: squared error, whatever the objective.
-            plans.append((name, hidden, pair, squared_error, settings.pretrain_steps))
-    plans.append(("train", images, autoencoder, reconstruction_loss, settings.steps))
 
-    phases = []
-    for name, target, model, loss, steps in plans:
+    def make_phase(name, target, model, loss, steps):
         rate = settings.learning_rate
         if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
             rate = keras.optimizers.schedules.CosineDecay(rate, steps)
         # The article's epsilon: TensorFlow 1's default, where Keras has 1e-7.
         optimizer = FusedAdam(rate, epsilon=1e-8, name=name.replace("/", "_"))
         optimizer.build(model.trainable_variables)
-        frozen = keras.Model(images, target)
-        phases.append(Phase(name, frozen, model, loss, steps, optimizer))
+        return Phase(name, keras.Model(images, target), model, loss, steps, optimizer)
+
+    phases = []
+    if settings.pretrain_steps:
+        for (hidden, restored), (deeper, reconstructed) in pairwise(pairs):
+            encode = keras.Model(hidden, deeper)
+            decode = keras.Model(reconstructed, restored)
+            name = f"pretrain/{encode.layers[-1].name}"
+            model = keras.Sequential([encode, decode])
+            # Hidden activations are no images: squared error, whatever the objective.
+            phases.append(make_phase(name, hidden, model, squared_error, settings.pretrain_steps))
+    phases.append(make_phase("train", images, autoencoder, reconstruction_loss, settings.steps))
     return phases
 
 
@@ -520,12 +520,12 @@ def find_test_split(splits):
 
 def find_files(folder, excluded):
     """Yield all files below a folder, in order, following links, skipping excluded folders."""
+    excluded = excluded | {folder.resolve()}  # a link back to it would recurse forever
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
             yield path
         elif path.resolve() not in excluded:
-            # Excluded while inside it: a link back to it would recurse forever.
-            yield from find_files(path, excluded | {path.resolve()})
+            yield from find_files(path, excluded)
 
 
 def open_picture(path):
@@ -550,32 +550,31 @@ def read_folder(folder, settings):
     """
     own = [settings.log_dir, settings.sample_dir]
     own += [path / settings.run_name for path in own]  # in case the folder is one of these
-    excluded = {path.resolve() for path in [folder, *own]}
-    test_split = find_test_split({path.name for path in folder.iterdir() if path.is_dir()})
-    left_out = {"not used": [], "skipped": []}
+    excluded = {path.resolve() for path in own}
+    splits = {folder: False}  # to whether they are for the test
+    test_split = find_test_split([path.name for path in folder.iterdir() if path.is_dir()])
+    if test_split:
+        splits = {folder / "train": False, folder / test_split: True}
+        others = sorted(path.name for path in set(folder.iterdir()) - splits.keys())
+        print(f"splits   train and {test_split}; not used: {', '.join(others) or 'nothing'}")
     found = 0
-    for path in find_files(folder, excluded):
-        *parents, _ = path.relative_to(folder).parts
-        split = "train"
-        if test_split:
-            split = parents.pop(0) if parents else "none"
-            if split not in ("train", test_split):
-                left_out["not used"].append(path)
+    skipped = []
+    for split, is_test in splits.items():
+        for path in find_files(split, excluded):
+            image = open_picture(path) if path.is_file() else None  # opening a pipe would block
+            if image is None:
+                skipped.append(path)
                 continue
-        image = open_picture(path) if path.is_file() else None  # opening a pipe would block
-        if image is None:
-            left_out["skipped"].append(path)
-            continue
-        found += 1
-        label = parents[0] if parents else ""
-        yield image, split == test_split, label, path.relative_to(folder).as_posix()
-    for reason, paths in left_out.items():
-        if paths:
-            print(f"{reason:8} {len(paths):,} files, such as {paths[0]}")
+            found += 1
+            *classes, _ = path.relative_to(split).parts
+            label = classes[0] if classes else ""
+            yield image, is_test, label, path.relative_to(folder).as_posix()
+    if skipped:
+        print(f"skipped  {len(skipped):,} files that are no pictures, such as {skipped[0]}")
     if not found:
         raise SettingsError(
-            f"no pictures in {folder}: {len(left_out['skipped']):,} files were skipped (to read a"
-            " TFDS dataset, give its name, and its folder as --data-dir)"
+            f"no pictures in {folder}: {len(skipped):,} files were skipped (to read a TFDS"
+            " dataset, give its name, and its folder as --data-dir)"
         )
 
 
@@ -587,22 +586,16 @@ def read_arrays(path):
     except Exception as error:  # NumPy raises many kinds for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
     for split in ("train", "test"):
-        images = arrays.get(f"x_{split}", np.zeros((0, 1, 1, 1)))
+        images = arrays.get(f"x_{split}", np.zeros((0, 1, 1)))
         labels = arrays.get(f"y_{split}", np.full(images.shape[:1], "")).flatten()
-        images = images[..., np.newaxis] if images.ndim == 3 else images
-        is_numeric = images.dtype.kind in "buif"
-        if (
-            images.ndim != 4
-            or 0 in images.shape[1:]
-            or not is_numeric
-            or len(labels) != len(images)
-        ):
+        is_numeric = images.dtype.kind in "buif" and 0 not in images.shape[1:]
+        if not is_numeric or images.ndim not in (3, 4) or len(labels) != len(images):
             raise SettingsError(
                 f"{path} must have numbers as x_{split}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{split}, if any"
             )
         for image, label in zip(images, labels, strict=True):
-            yield image, split == "test", label, ""
+            yield np.atleast_3d(image), split == "test", label, ""
 
 
 def read_tfds(name, data_dir):
@@ -725,36 +718,38 @@ def load_data(settings: Settings) -> Data:
 METRICS = ("test_loss", "squared_error", "psnr")
 
 
-def make_evaluate(autoencoder, settings, noisy):
-    """Return a compiled function: uint8 images to inputs, latents, outputs, and METRICS.
+def make_evaluate(autoencoder, seed):
+    """Return a compiled function of uint8 images, and of the standard deviation of their noise.
 
-    METRICS are means over the images: the loss; the squared error, summed over an image; and the
-    PSNR of outputs clipped to [0, 1], in dB, at most 100.
+    It returns inputs, outputs, latents and METRICS. These are means over the images: the loss; the
+    squared error, summed over an image; and the PSNR of outputs clipped to [0, 1], in dB, at most
+    100.
     """
     encoder = autoencoder.get_layer("encoder")
     decoder = autoencoder.get_layer("decoder")
     _, height, width, _ = shape = autoencoder.input_shape
+    signature = [tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.float32)]
 
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)], autograph=False)
-    def evaluate(images):
-        inputs = targets = tf.cast(images, tf.float32) / 255
-        if noisy:
-            # The same noise every time.
-            inputs = add_noise(targets, draw_noise(tf.shape(images), settings, step=-1))
+    @tf.function(input_signature=signature, autograph=False)
+    def evaluate(images, deviation):
+        targets = tf.cast(images, tf.float32) / 255
+        noise = draw_noise(tf.shape(images), deviation, seed, step=-1)  # the same every time
+        inputs = tf.clip_by_value(targets + noise, 0, 1)
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
         loss = reconstruction_loss(targets, outputs)
         error = squared_error(targets, outputs) * height * width
         psnr = tf.image.psnr(targets, tf.clip_by_value(outputs, 0, 1), max_val=1)
-        return inputs, latents, outputs, (loss, error, tf.reduce_mean(tf.minimum(psnr, 100)))
+        return inputs, outputs, latents, (loss, error, tf.reduce_mean(tf.minimum(psnr, 100)))
 
     return evaluate
 
 
-def compute_metrics(evaluate, images):
+def compute_metrics(evaluate, images, deviation=0):
     """Return METRICS of all images, by name, and their latents."""
     batches = np.array_split(images, min(len(images), -(-images.size // 100_000)))
-    _, latents, _, metrics = zip(*map(evaluate, batches), strict=True)
+    results = [evaluate(batch, deviation) for batch in batches]
+    _, _, latents, metrics = zip(*results, strict=True)
     means = np.average(metrics, axis=0, weights=[len(batch) for batch in batches])
     return dict(zip(METRICS, means.tolist(), strict=True)), np.concatenate(latents)
 
@@ -774,12 +769,14 @@ def choose_samples(data):
 BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
-def write_atomically(path, save):
-    """Let `save` write a temporary file, then rename it to `path`. Raises RunError.
+def is_chief():
+    """Return whether this process writes the files: among several workers, the first one does."""
+    return tf.distribute.get_strategy().extended.should_checkpoint
 
-    Only the first of several workers writes.
-    """
-    if not tf.distribute.get_strategy().extended.should_checkpoint:
+
+def write_atomically(path, save):
+    """Let `save` write a temporary file, then rename it to `path`. Raises RunError."""
+    if not is_chief():
         return
     part = path.with_name(f".part-{path.name}")  # a prefix: the suffix selects the format
     try:
@@ -858,8 +855,7 @@ class Run:
         self.logs = settings.log_dir / settings.run_name
         self.samples = settings.sample_dir / settings.run_name
         self.shown = choose_samples(data)
-        self.evaluate = make_evaluate(autoencoder, settings, noisy=False)
-        self.evaluate_noisy = make_evaluate(autoencoder, settings, noisy=True)
+        self.evaluate = make_evaluate(autoencoder, settings.seed)
         variables = chain(autoencoder.variables, *(phase.optimizer.variables for phase in phases))
         self.variables = {variable.path: variable for variable in variables}
         # The loss of each step. Their number is the number of steps trained so far.
@@ -894,17 +890,15 @@ class Run:
         if checkpoints:
             raise RunError(f"no checkpoint of {self.logs} can be used: use another --run-name")
 
-    def open_writers(self, chief):
+    def open_writers(self):
         """Open TensorBoard's event files, and write the model's graph."""
-        self.writers = {}
-        for name in [*self.losses, "preview"]:
-            # Flushed by train_steps() and by save() alone, not whenever some time has passed.
-            options = {"max_queue": 10**6, "flush_millis": 10**9}
-            if chief:
-                writer = tf.summary.create_file_writer(str(self.logs / name), **options)
-            else:
-                writer = tf.summary.create_noop_writer()
-            self.writers[name] = writer
+        self.writers = {name: tf.summary.create_noop_writer() for name in [*self.losses, "preview"]}
+        if is_chief():
+            for name in self.writers:
+                # Flushed by train_steps() and save() alone, not whenever some time has passed.
+                options = {"max_queue": 10**6, "flush_millis": 10**9}
+                path = str(self.logs / name)
+                self.writers[name] = tf.summary.create_file_writer(path, **options)
         with self.writers["preview"].as_default():
             tf.summary.graph(self.evaluate.get_concrete_function().graph)
 
@@ -921,11 +915,8 @@ class Run:
         arrays = {path: variable.numpy() for path, variable in self.variables.items()}
         for array in arrays.values():
             self.check_finite(array)
-        try:
-            for writer in self.writers.values():
-                writer.flush()
-        except tf.errors.OpError as error:
-            raise RunError(f"{self.logs} cannot be written: {error.message}") from error
+        for writer in self.writers.values():
+            writer.flush()
         arrays |= self.losses | {"previews": np.array(list(self.previews.items()))}
         path = self.logs / "checkpoints" / f"step_{self.steps_done():012}.npz"
         write_atomically(path, lambda part: np.savez(part, **arrays))
@@ -935,10 +926,10 @@ class Run:
 
     def log_preview(self, step):
         """Write the picture after `step` updates; return the preview loss, that of its images."""
-        evaluate = self.evaluate_noisy if self.settings.noise else self.evaluate
-        inputs, _, outputs, (loss, *_) = evaluate(self.shown)
+        noise = self.settings.noise
+        inputs, outputs, _, (loss, *_) = self.evaluate(self.shown, noise)
         self.check_finite(loss)
-        rows = [self.shown / 255, inputs, outputs] if self.settings.noise else [inputs, outputs]
+        rows = [self.shown / 255, inputs, outputs] if noise else [inputs, outputs]
         grid = draw_grid(rows, f"step {step:,}   preview loss {loss:.4f}")
         png = io.BytesIO()
         grid.save(png, "png", compress_level=1)  # the default takes twice the time
@@ -959,11 +950,11 @@ class Run:
         write_atomically(self.logs / "autoencoder.keras", self.autoencoder.save)
         metrics, latents = compute_metrics(self.evaluate, self.data.test)
         if self.settings.noise:
-            noisy, _ = compute_metrics(self.evaluate_noisy, self.data.test)
+            noisy, _ = compute_metrics(self.evaluate, self.data.test, self.settings.noise)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
-        arrays = self.data._asdict() | {"latents": latents}
-        del arrays["train"], arrays["test"]
-        write_atomically(self.logs / "latents.npz", lambda part: np.savez(part, **arrays))
+        known = {name: getattr(self.data, name) for name in ("labels", "classes", "files")}
+        path = self.logs / "latents.npz"
+        write_atomically(path, lambda part: np.savez(part, latents=latents, **known))
         bar.set_postfix_str("training.gif and summary.png")
         pictures = [self.samples / f"step_{step:05}.png" for step in sorted(self.previews)]
         draw_animation(pictures, self.samples / "training.gif")
@@ -1026,18 +1017,18 @@ def check_config(path, config):
 
 
 @contextlib.contextmanager
-def open_run(run, config, chief):
+def open_run(run, config):
     """Lock a run, restore its last checkpoint, and open the files that it writes."""
     (run.logs / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.samples.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(run.logs / ".lock", blocking=False)
     try:
-        with lock if chief else contextlib.nullcontext():
+        with lock if is_chief() else contextlib.nullcontext():
             if (run.logs / "config.json").exists() or run.list_checkpoints():
                 check_config(run.logs / "config.json", config)
             run.restore()
             write_json(run.logs / "config.json", config)
-            run.open_writers(chief)
+            run.open_writers()
             yield
     except filelock.Timeout:
         raise SettingsError(f"another process is training the run of {run.logs}") from None
@@ -1249,9 +1240,9 @@ def train(settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     if ONE_AT_A_TIME.locked():
         raise SettingsError("another run trains in this process: start a process for this one")
-    with ONE_AT_A_TIME, make_strategy(settings).scope() as strategy:
+    with ONE_AT_A_TIME, make_strategy(settings).scope():
         run, phases, config = prepare(settings)
-        with open_run(run, config, chief=strategy.extended.should_checkpoint):
+        with open_run(run, config):
             compare_workers({"the step to resume from": run.steps_done()})
             total = sum(phase.steps for phase in phases)
             introduce(run, total)

@@ -1,15 +1,21 @@
 """What test files share: running the script, reading what a run leaves, comparing runs."""
 
+import builtins
+import inspect
 import json
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the threads of several runs would slow one another
@@ -56,34 +62,6 @@ def call(*arguments, cwd, script=SCRIPT, **environment):
     )
 
 
-class Process(subprocess.Popen):
-    """The script in the background, in `with`: it does not outlive its test."""
-
-    def __init__(self, *arguments, cwd, **environment):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        env = ENVIRONMENT | environment
-        super().__init__(command(*arguments), cwd=cwd, env=env, start_new_session=True, **pipes)
-
-    def wait_for(self, begin):
-        """Read the lines that it prints, up to one that begins so."""
-        assert any(line.startswith(begin) for line in self.stdout), self.stderr.read()
-
-    def finish(self):
-        """Wait for its end; return its status and the lines of its standard error."""
-        _, errors = self.communicate(timeout=200)
-        return self.returncode, said(errors)
-
-    def __exit__(self, *error):
-        if self.poll() is None:
-            self.kill()
-        super().__exit__(*error)
-
-
-def start(*arguments, cwd, **environment):
-    """Start the script as a user does, in the background."""
-    return Process(*arguments, cwd=cwd, **environment)
-
-
 def free_addresses(count):
     """Return addresses on this machine where nobody listens."""
     found = []
@@ -127,6 +105,90 @@ def edited_copy(folder, *edits):
     shutil.copy(train_ae.BUNDLED, folder / "samples")
     (folder / "train_ae.py").write_text(text)
     return folder / "train_ae.py"
+
+
+# --------------------------------------------------------------------------------------------------
+# The script in processes forked from one that has TensorFlow: a second each, not five
+
+
+@cache
+def forks():
+    """Return what starts processes; where TensorFlow cannot be forked, it starts them anew."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the server
+    found = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    found.set_forkserver_preload(["helpers", "pytest"])
+    return found
+
+
+class Job:
+    """The script in a folder, once `before` is done; `name` tells apart several in one folder."""
+
+    def __init__(self, folder, *words, name="", script=SCRIPT, before=int, **environment):
+        self.folder = Path(folder)
+        self.files = [f"{kind}{name}.txt" for kind in ("out", "err")]
+        words = [str(script), *map(str, words)]
+        arguments = (folder, self.files, words, before, environment)
+        self.process = forks().Process(target=work, args=arguments)
+        self.process.start()
+
+    def wait_for(self, text):
+        """Wait until it prints this text."""
+        path = self.folder / self.files[0]
+        while not path.exists() or text not in path.read_text():
+            assert self.process.is_alive()
+            time.sleep(0.02)
+
+    def end(self):
+        """Wait for the end; return the status, the lines of standard error, and the output."""
+        self.process.join(100)
+        self.process.kill()
+        output, errors = [(self.folder / name).read_text() for name in self.files]
+        return self.process.exitcode, said(errors), output
+
+
+def work(folder, files, words, before, environment):
+    """Do what `python` does with these words."""
+    os.chdir(folder)
+    for number, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    before()
+    # The script is to be the only module of its file, where pydantic reads the docstrings.
+    sys.modules.pop("train_ae", None)
+    inspect.modulesbyfile.clear()
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def send(names):
+    """Send signals to this process."""
+    for name in names.split():
+        os.kill(os.getpid(), signal.Signals["SIG" + name])
+        time.sleep(0.05)
+
+
+def at_file(pattern, event):
+    """Have an event before a file takes a name. No outside can choose these moments."""
+    replace = Path.replace
+
+    def replace_and_more(part, path):
+        if path.match(pattern):
+            event()
+        return replace(part, path)
+
+    Path.replace = replace_and_more
+
+
+def at_line(pattern, event):
+    """Have an event after a line is printed."""
+    write = builtins.print
+
+    def write_and_more(*values, **options):
+        write(*values, **options)
+        if re.search(pattern, str(values[0])):
+            event()
+
+    builtins.print = write_and_more
 
 
 # --------------------------------------------------------------------------------------------------

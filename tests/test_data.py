@@ -141,10 +141,9 @@ def test_values_become_eight_bits_by_the_range_of_the_set(kind, place, sets, cap
     data = load_kind(sets, kind, place)
     assert_holds(data, convert(kind)[1])
     _, low, high = KINDS[kind]
-    said = f"values .* {low} to {high}.*\n"
-    if kind == "8 bits" or (kind, place) == ("bool", "folder"):  # a picture of 1 bit
-        said = ""
-    assert re.fullmatch(said, capsys.readouterr().out)
+    said = f"values   from {low} to {high}, scaled to 0 to 255"
+    is_scaled = kind != "8 bits" and (kind, place) != ("bool", "folder")  # pictures of 1 bit
+    assert (said in capsys.readouterr().out) == is_scaled
 
 
 @pytest.mark.parametrize("place", ["folder", "x.npz", "tfds"])
@@ -259,12 +258,12 @@ def test_a_tenth_is_held_out_by_the_seed(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("splits", "tested", "unused"),
     [
-        ("train test", "test", ""),
-        ("train val", "val", ""),
-        ("train valid", "valid", ""),
-        ("train validation", "validation", ""),
-        ("train validation test", "test", "not used .*2 files.*/validation/cat/0.png\n"),
-        ("train test other", "test", "not used .*2 files.*/other/cat/0.png\n"),
+        ("train test", "test", "nothing"),
+        ("train val", "val", "nothing"),
+        ("train valid", "valid", "nothing"),
+        ("train validation", "validation", "nothing"),
+        ("train validation test", "test", "validation"),
+        ("train test other more", "test", "more, other"),
     ],
 )
 def test_splits_of_a_folder(splits, tested, unused, tmp_path, capsys):
@@ -272,7 +271,7 @@ def test_splits_of_a_folder(splits, tested, unused, tmp_path, capsys):
         save(tmp_path / split / "cat" / "0.png", SMALL[0])
         save(tmp_path / split / "dog" / "1.png", SMALL[1])
     data = load(tmp_path)
-    assert re.fullmatch(unused, capsys.readouterr().out)
+    assert capsys.readouterr().out == f"splits   train and {tested}; not used: {unused}\n"
     assert data.files.tolist() == [f"{tested}/cat/0.png", f"{tested}/dog/1.png"]
     assert data.classes.tolist() == ["cat", "dog"]
     assert len(data.train) == 2

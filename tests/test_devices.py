@@ -13,8 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import Finished, assert_same_run, free_addresses
-from jobs import Job, at_line, send
+from helpers import Finished, Job, assert_same_run, at_line, free_addresses, send
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="not tried on Windows")
 

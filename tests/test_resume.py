@@ -13,8 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SCRIPT, Finished, assert_same_run, call, edited_copy, here, said, start
-from jobs import Job, at_file, send
+from helpers import (
+    SCRIPT,
+    Finished,
+    Job,
+    assert_same_run,
+    at_file,
+    call,
+    edited_copy,
+    here,
+    said,
+    send,
+)
 
 from train_ae import Settings
 
@@ -180,15 +190,15 @@ def test_a_process_that_trains_keeps_others_off_and_says_how_to_resume(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny[1], "it's a folder")  # which a shell would take apart
     arguments = ["--dataset", "it's a folder", *tiny[2:], *LONG[2:]]
-    with start(*arguments, cwd=tmp_path) as process:
-        process.wait_for("step      0")
-        process.send_signal(signal.SIGSTOP)
-        (logs,) = Path("logs").iterdir()
-        same = [*arguments, "--run-name", logs.name]
-        refuse(2, "another process", str(logs), arguments=same)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGCONT)
-        status, (line,) = process.finish()
+    trains = Job(tmp_path, *arguments)
+    trains.wait_for("step      0")
+    os.kill(trains.process.pid, signal.SIGSTOP)
+    (logs,) = Path("logs").iterdir()
+    same = [*arguments, "--run-name", logs.name]
+    refuse(2, "another process", str(logs), arguments=same)
+    os.kill(trains.process.pid, signal.SIGTERM)
+    os.kill(trains.process.pid, signal.SIGCONT)
+    status, (line,), _ = trains.end()
     assert status == 143
     command = shlex.split(line.removeprefix("train_ae.py: stopped; to resume: "))
     assert command == ["python", str(SCRIPT), *same]

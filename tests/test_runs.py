@@ -128,13 +128,8 @@ def test_readmes_code_reconstructs_a_picture(tmp_path, run_here):
     assert names["latents"].shape == (1, 4, 4, 128)
 
 
-LAYER = """\
-        encoded.append(convolve(layers.Conv2D, encoded[-1], initializer, **options))
-"""
-FOLLOWED = """\
-        filtered = convolve(layers.Conv2D, encoded[-1], initializer, **options)
-        encoded.append(layers.{}({})(filtered))
-"""
+LAYER = "        encoded.append(layer(encoded[-1]))\n"
+FOLLOWED = "        encoded.append(layers.{}({})(layer(encoded[-1])))\n"
 OBJECTIVE = "    return squared_error(images, outputs)\n"
 SSIM = "    return 1 - tf.reduce_mean(tf.image.ssim(images, outputs, 1, filter_size=5))\n"
 FILTERS = "FILTERS = (16, 32, 64, 128)"

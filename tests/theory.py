@@ -69,8 +69,9 @@ def examine(model, settings, images):
         loss = train_ae.reconstruction_loss(targets, outputs)
         metrics = {"test loss": len(batch) * loss} | compare(targets, outputs)
         if settings.noise:
-            noise = train_ae.draw_noise(targets.shape, settings, step=-1)  # as in the pictures
-            inputs = train_ae.add_noise(targets, noise)
+            # As in the pictures.
+            noise = train_ae.draw_noise(targets.shape, settings.noise, settings.seed, step=-1)
+            inputs = np.clip(targets + noise, 0, 1)
             metrics["PSNR (dB) of noisy inputs"] = psnr(targets, inputs)
             metrics["PSNR (dB) from noisy inputs"] = psnr(targets, model.predict_on_batch(inputs))
         for name, values in metrics.items():
