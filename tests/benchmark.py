@@ -79,6 +79,7 @@ def ours(kind):
 
     batch, steps, steps_a_call, shape = KINDS[kind]
     settings = train_ae.Settings(initializer="article", batch_size=batch)
+    train_ae.configure_tensorflow(settings)
     strategy = train_ae.make_strategy(settings)
     with strategy.scope(), tempfile.TemporaryDirectory() as folder:
         train_ae.keras.utils.set_random_seed(0)

@@ -420,7 +420,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         ({"dataset_info.json": b"{}"}, "TFDS .*--data-dir"),
         ({"a.png": SMALL[0], "b.png": SMALL[0, 1:]}, "add --image-size"),
         ({"a.png": SMALL[0], "b.png": np.uint16(SMALL[0])}, "convert them to one type"),
-        ({"a.png": SMALL[0] * 0}, "0 .* 0: nothing to learn"),
+        ({"a.png": SMALL[0] * 0}, "0 .* 0: .*not all equal"),
         ({"a.tiff": np.float32(SMALL[0] * np.nan)}, "nan"),
     ],
 )
@@ -434,7 +434,7 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (SMALL * 0 + 7, "7 .* 7: nothing to learn"),
+        (SMALL * 0 + 7, "7 .* 7: .*not all equal"),
         (SMALL * np.nan, "nan"),
         (np.where(SMALL > 9, np.inf, 0), "0 .* inf"),
         (SMALL[0], "n, height, width"),
@@ -467,7 +467,7 @@ def test_batch_larger_than_the_training_set_is_refused(refuse, tmp_path):
         ("no_such_set", "no_such_set.* TFDS", 2),
         ("imdb_reviews", "imdb_reviews.* TFDS.* image", 2),
         ("mnist:9.9.9", "only: 3.0.1", 2),
-        ("no/such/folder", "no folder", 2),
+        ("no/such/folder", "not a folder", 2),
         ("no_such.npz", "no_such.npz is missing", 2),
         ("mnist", "README.md on offline use", 1),
         ("fashion_mnist", "README.md on offline use", 1),

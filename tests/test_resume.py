@@ -147,6 +147,20 @@ def test_stopped_at_every_file_a_run_ends_as_if_left_alone(job, finish, tiny, tm
     assert "resumes  after step 270 of 270" in finish(*EVERYTHING)
 
 
+def stop_unread():
+    """Have a signal come when nobody reads standard error any more, as with `2>&1 | tee`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    at_file("step_*00200.npz", partial(send, "INT"))
+
+
+@posix
+def test_stopped_though_nobody_reads_it(job, finish):
+    assert job(*LONG, before=stop_unread)[:2] == (130, [])
+    finish(*LONG)
+
+
 @posix
 @pytest.mark.stress
 @pytest.mark.parametrize("turn", range(3))
@@ -268,7 +282,7 @@ def test_other_images_or_labels_are_refused(run_here, refuse):
 
 def test_other_versions_are_said(run, finish, alone):
     now = run.json("config")
-    names = ["keras", "onednn", "replicas", "script", "tensorflow", "threads"]
+    names = ["checksum of the script", "keras", "onednn", "replicas", "tensorflow", "threads"]
     other = {name: f"other {name}" for name in names}
     (run.logs / "config.json").write_text(json.dumps(now | other))
     output = finish(*LONGER)
@@ -439,6 +453,19 @@ def test_folder_that_goes_away_is_one_line(name, job, finish, tmp_path):
     (tmp_path / name).unlink()
     (tmp_path / "away").rename(tmp_path / name)
     finish(*LONG)
+
+
+def stop_and_take_away():
+    """Have a signal come while a folder goes away."""
+    send("INT")
+    take_away("logs")
+
+
+@posix
+def test_signal_does_not_hide_that_the_run_could_not_be_saved(job):
+    status, (line,), _ = job(*LONG, before=partial(at_file, "step_*00400.npz", stop_and_take_away))
+    assert status == 1
+    assert "logs" in line
 
 
 def note_memory():
