@@ -6,12 +6,16 @@
 
 Four stride-2 convolutions encode an image, four transposed convolutions decode it, and Adam
 minimizes the squared error, one image per step. The default run takes about ten seconds on two
-EPYC cores and reaches a test loss of 0.0144. Model and training follow a Chinese-language article
-for TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in Python".
+EPYC cores and reaches a test loss of 0.0144. The model and its training follow a Chinese-language
+article written for TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in
+Python".
+
+A run that has ended for any reason, even kill -9, is resumed by its command with --run-name and the
+name of its folder in logs. The results are the same as without the interruption.
 
 Sections: settings, stop signals, model, objective, optimizer, phases, training step, data, metrics,
-files and pictures, the run, resuming, devices, training. Each function comes after those it calls:
-for the story from the top down, begin with train(), near the end.
+files and pictures, the run, resuming, devices, training. Functions are defined before they are
+used: to read from the top down, start with train(), near the end.
 """
 
 import argparse
@@ -56,22 +60,25 @@ class RunError(Exception):
 
 
 def default_initializer(values: dict[str, Any]) -> str:
-    """Return "article" for the article's own model on MNIST, else "glorot"."""
-    name = re.split("[.:]", Path(values["dataset"]).name)[0]  # of mnist.npz, or mnist:3.0.1
+    """Return "article" for the article's own model on MNIST, else "glorot".
+
+    The article's standard deviation of 0.02 learns the colours of other pictures very late.
+    """
+    name = re.split("[.:]", Path(values["dataset"]).name)[0]  # of mnist.npz or mnist:3.0.1
     is_mnist = name in ("mnist", "mnist_5k")
     return "article" if is_mnist and values["latent_dim"] == 0 else "glorot"
 
 
-def refuse_url(folder: str | Path) -> str | Path:
-    """Return the folder. Raises ValueError for a URL, which Path would make a local folder."""
-    if re.match("[a-z]{2,}:/", str(folder)):
+def to_folder(folder: str | Path) -> Path:
+    """Return the path of a folder. Raises ValueError for a URL, which Path would take as a path."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
         raise ValueError("must be a local folder, not a URL")
-    return folder
+    return Path(folder).expanduser()
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Folder = Annotated[Path, BeforeValidator(refuse_url)]
+Folder = Annotated[Path, BeforeValidator(to_folder)]
 
 
 class Settings(BaseModel):
@@ -88,7 +95,7 @@ class Settings(BaseModel):
     learning_rate: PositiveFloat = 0.001
     """learning rate of Adam"""
     schedule: Literal["constant", "cosine"] = "constant"
-    """learning rate over the run: constant, or cosine, which falls to 0"""
+    """how the learning rate changes over a run: constant, or cosine, which falls to 0"""
     depth: int = Field(default=len(FILTERS), ge=1, le=len(FILTERS))
     """layers of the encoder, and of the decoder"""
     latent_dim: CountOrZero = 0
@@ -118,7 +125,8 @@ class Settings(BaseModel):
         default_factory=lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}",
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$",
     )
-    """1 to 100 letters, digits, _, - and ., not starting with - or . (default: date and time)"""
+    """name of a new run, or of one to resume: up to 100 letters, digits, _, - and ., not starting
+    with - or . (default: date and time)"""
     log_dir: Folder = Path("logs")
     """folder for TensorBoard's files, checkpoints, the model and metrics"""
     sample_dir: Folder = Path("samples")
@@ -134,6 +142,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         usage="python train_ae.py [options]",
         allow_abbrev=False,
     )
+    # One line, without the usage.
     parser.error = lambda text: parser.exit(2, f"train_ae.py: {' '.join(text.split())}\n")
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
@@ -157,10 +166,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop, and how the process ends then."""
+    """Whether a signal has asked this process to stop, and how the process then ends."""
 
     received = 0  # the number of the signal
-    training = False  # if True, fit() ends the process, after saving; if not, it ends at once
+    deferred = False  # while fit() runs: it saves first, then ends the process
     resume_command = ""
     ending = threading.Lock()
 
@@ -169,8 +178,9 @@ class StopRequest:
         self.resume_command = resume_command
         self.receiver, self.sender = socket.socketpair()
         self.sender.setblocking(False)
-        # Python writes the number of a signal there at once, even while TensorFlow is running in
-        # the main thread, where the handlers below have to wait: hence the thread.
+        # Python's handlers have to wait while TensorFlow runs in the main thread. The number of
+        # the signal is written to this socket at once, and a thread reads it. The handlers only
+        # keep the signal from killing the process.
         signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
@@ -179,10 +189,10 @@ class StopRequest:
     def wait(self) -> None:
         """Wait for the first signal."""
         self.received = self.receiver.recv(1)[0]
-        if not self.training:
-            self.end(self.received)
+        if not self.deferred:
+            self.end_process(self.received)
 
-    def end(self, number: int) -> None:
+    def end_process(self, number: int) -> None:
         """Print the command that resumes the run; end the process with the status of a signal."""
         self.ending.acquire()  # never released: the first thread to get here ends the process
         try:
@@ -194,7 +204,8 @@ class StopRequest:
 stop_request = StopRequest()
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: help, errors and stop signals do not wait.
+    # This precedes the imports below, which take seconds: help, errors and stop signals need not
+    # wait for them.
     command_line_settings = parse_arguments()
     command = ["python", *sys.argv]
     if not any(word.startswith("--run-name") for word in command):
@@ -234,16 +245,16 @@ gc.enable()
 # Model
 
 
-CONVOLUTION = {  # what all convolutions, and transposed convolutions, have in common
+CONVOLUTION = {  # shared by all convolutions and transposed convolutions
     "kernel_size": 3,
     "strides": 2,
     "padding": "same",
-    "activation": "leaky_relu",  # Keras's slope is the article's, 0.2
+    "activation": "leaky_relu",  # Keras's default slope is 0.2, as in the article
 }
 
 
 def make_initializer(name):
-    """Return a new initializer: layers of equal shape that shared one would start out equal."""
+    """Return a new initializer: layers that shared one would start with equal weights."""
     if name == "article":
         return keras.initializers.TruncatedNormal(stddev=0.02)
     return keras.initializers.GlorotUniform()  # Glorot & Bengio 2010
@@ -262,6 +273,7 @@ def build_encoder(image_shape, depth, latent_dim, initializer):
         encoded.append(layer(encoded[-1]))
     if latent_dim:
         flat = layers.Flatten()(encoded[-1])
+        # Not in the article: it and the layer that mirrors it have Keras's initializer, Glorot's.
         encoded.append(layers.Dense(latent_dim, name="latent")(flat))
     return encoded
 
@@ -295,8 +307,8 @@ def build_autoencoder(
     latent_dim: int = 0,
     initializer: str = "article",
 ) -> tuple[keras.Model, list]:
-    """Return the autoencoder, and pairs of tensors: the images and the output of each layer of the
-    encoder, each with the tensor of the decoder that reconstructs it.
+    """Return the autoencoder and, from the images inward, pairs of tensors: one of the encoder, and
+    the one of the decoder that is to reconstruct it.
 
     The autoencoder maps (batch, *image_shape) float32 in [0, 1] to the same shape in (-1, 1), and
     consists of two models, "encoder" and "decoder". Each convolution halves height and width,
@@ -304,7 +316,7 @@ def build_autoencoder(
     FILTERS.
     """
     if depth > len(FILTERS):
-        raise SettingsError(f"depth {depth} needs as many FILTERS, but there are {len(FILTERS)}")
+        raise SettingsError(f"depth {depth} exceeds the {len(FILTERS)} FILTERS")
     encoded = build_encoder(image_shape, depth, latent_dim, initializer)
     restored = build_decoder(encoded, depth, latent_dim, initializer)
     encoder = keras.Model(encoded[0], encoded[-1], name="encoder")
@@ -317,14 +329,14 @@ def build_autoencoder(
 # Objective
 
 
-def squared_error(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Return the squared error, summed over the last axis (channels), averaged over the rest."""
+def squared_error_per_pixel(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """Return the squared error, summed over the channels, which are the last axis, and averaged."""
     return tf.reduce_mean(tf.reduce_sum(tf.square(outputs - targets), axis=-1))
 
 
 def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """Return the scalar to minimize, for (batch, height, width, channels). Change it here."""
-    return squared_error(images, outputs)
+    return squared_error_per_pixel(images, outputs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,9 +344,9 @@ def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
 
 
 class FusedAdam(keras.optimizers.Adam):
-    """Adam (Kingma & Ba 2015) as TensorFlow's fused operation: 25 % less time per step.
+    """Adam (Kingma & Ba 2015) as TensorFlow's fused operation: 25% less time per step.
 
-    Overrides an undocumented method, as of Keras 3.15.
+    Overrides update_step(), which Keras does not document; written for Keras 3.15.
     """
 
     def update_step(self, gradient, variable, learning_rate):
@@ -356,7 +368,7 @@ class FusedAdam(keras.optimizers.Adam):
 
 
 # --------------------------------------------------------------------------------------------------
-# Phases: the layer-wise pretraining, if any, then the training of the whole
+# Phases: the layer-wise pretraining, if any, then the training of the whole model
 
 
 class Phase(NamedTuple):
@@ -368,7 +380,7 @@ class Phase(NamedTuple):
     loss: Callable  # of targets and outputs
     steps: int
     noise: float  # standard deviation; 0 in pretraining
-    tied: list  # for each kernel, its index and that of the mirrored kernel; empty if not tied
+    tied_kernels: list  # pairs of indices among the weights: encoder, decoder; empty if not tied
     optimizer: keras.optimizers.Optimizer
 
 
@@ -381,51 +393,58 @@ def mirror(kernel):
 
 
 def pair_kernels(variables):
-    """Return, for each kernel, its index and that of the mirrored one: the first with the last."""
+    """Return (encoder, decoder) indices of mirrored kernels: the first with the last, and so on."""
     kernels = [index for index, variable in enumerate(variables) if variable.name == "kernel"]
-    return list(zip(kernels, reversed(kernels), strict=True))
+    half = len(kernels) // 2
+    return list(zip(kernels[:half], reversed(kernels[half:]), strict=True))
 
 
 def copy_kernels(variables, pairs):
-    """Give the decoder's kernels, the second half, the values of the encoder's."""
-    for index, mirrored in pairs[len(pairs) // 2 :]:
-        variables[index].assign(mirror(variables[mirrored].value))
+    """Give the decoder's kernels the values of the encoder's."""
+    for encoder, decoder in pairs:
+        variables[decoder].assign(mirror(variables[encoder].value))
 
 
-def plan_phases(autoencoder, pairs, settings):
+def plan_phases(autoencoder, tensor_pairs, settings):
     """Return the phases of a run.
 
     In pretraining, a layer of the encoder and the mirrored one of the decoder learn to reconstruct
     the output of the frozen layers before them.
     """
-    images, _ = pairs[0]
+    image_input, _ = tensor_pairs[0]
 
-    def make_phase(name, target, model, loss, steps, noise=0):
+    def make_phase(name, target, model):
+        is_train = model is autoencoder
+        steps = settings.steps if is_train else settings.pretrain_steps
         rate = settings.learning_rate
         if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
             rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-        # The article's epsilon: TensorFlow 1's default, where Keras has 1e-7. The name tells apart
-        # the moments of the phases in a checkpoint.
+        # The article's epsilon is TensorFlow 1's default; Keras's is 1e-7.
         optimizer = FusedAdam(rate, epsilon=1e-8, name=name.replace("/", "_"))
-        optimizer.build(model.trainable_variables)
-        tied = pair_kernels(model.trainable_variables) if settings.tied else []
-        copy_kernels(model.trainable_variables, tied)
-        return Phase(name, keras.Model(images, target), model, loss, steps, noise, tied, optimizer)
+        weights = model.trainable_variables
+        optimizer.build(weights)
+        tied_kernels = pair_kernels(weights) if settings.tied else []
+        copy_kernels(weights, tied_kernels)
+        return Phase(
+            name=name,
+            frozen=keras.Model(image_input, target),
+            model=model,
+            # Hidden activations are not images: squared error, whatever the objective.
+            loss=reconstruction_loss if is_train else squared_error_per_pixel,
+            steps=steps,
+            noise=settings.noise if is_train else 0,
+            tied_kernels=tied_kernels,
+            optimizer=optimizer,
+        )
 
     phases = []
     if settings.pretrain_steps:
-        for (outer, outer_restored), (inner, inner_restored) in pairwise(pairs):
+        for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
             encode = keras.Model(outer, inner)
             decode = keras.Model(inner_restored, outer_restored)
             name = f"pretrain/{encode.layers[-1].name}"
-            model = keras.Sequential([encode, decode])
-            # Hidden activations are not images: squared error, whatever the objective.
-            phases.append(make_phase(name, outer, model, squared_error, settings.pretrain_steps))
-    phases.append(
-        make_phase(
-            "train", images, autoencoder, reconstruction_loss, settings.steps, settings.noise
-        )
-    )
+            phases.append(make_phase(name, outer, keras.Sequential([encode, decode])))
+    phases.append(make_phase("train", image_input, autoencoder))
     return phases
 
 
@@ -436,7 +455,7 @@ def plan_phases(autoencoder, pairs, settings):
 def batch_indices(step, batch_size, count, seed):
     """Return the indices, among `count` images, of the batch of a step: (batch_size,) int64.
 
-    Each image comes once per epoch, and each epoch is reshuffled. The batch depends on the step
+    Each image occurs once per epoch, and each epoch is reshuffled. The batch depends on the step
     alone, unlike that of a stateful data pipeline: this is what makes resuming exact.
     """
     position = step * batch_size + tf.range(batch_size, dtype=tf.int64)
@@ -461,45 +480,47 @@ def update_weights(phase, inputs, targets, replicas):
     variables = phase.model.trainable_variables
     with tf.GradientTape() as tape:
         loss = phase.loss(targets, phase.model(inputs, training=True)) / replicas
-    own = tape.gradient(loss, [variable.value for variable in variables])
-    gradients = list(own)
-    for index, mirrored in phase.tied:
+    gradients = tape.gradient(loss, [variable.value for variable in variables])
+    for encoder, decoder in phase.tied_kernels:
         # Both kernels get the sum of their gradients, as a single one would. Equal kernels with
         # equal gradients have equal moments, and so stay equal.
-        gradients[index] = own[index] + mirror(own[mirrored])
+        total = gradients[encoder] + mirror(gradients[decoder])
+        gradients[encoder] = total
+        gradients[decoder] = mirror(total)
     phase.optimizer.apply(gradients, variables)  # sums the gradients of all replicas
     return loss
 
 
 def make_train_steps(phase, images, settings, writer):
-    """Return a compiled function: run steps `first` to `stop` - 1 of a phase, return their losses.
+    """Return a compiled function, train_steps(first, stop): it runs steps `first` to `stop` - 1 of
+    the phase and returns their losses.
 
-    `images` is the whole training set, uint8. Keras's fit(), or one call per step, would take
-    several times as long for one small image; so even the summaries are written inside.
+    `images` is the whole training set, uint8. One call runs many steps, and writes their summaries:
+    Keras's fit(), or one call per step, would take several times as long for one small image.
     """
     strategy = tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
 
     def replica_step(step):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        share = slice(replica, None, replicas)  # of the rows of a batch
+        rows = slice(replica, None, replicas)  # this replica's share of a batch
         with tf.device("CPU:0"):  # the training set stays there: only a share goes to a GPU
             indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
-            batch = tf.gather(images, indices[share])
+            batch = tf.gather(images, indices[rows])
         inputs = targets = phase.frozen(tf.cast(batch, tf.float32) / 255, training=False)
         if phase.noise:
             shape = (settings.batch_size, *images.shape[1:])  # for any number of replicas
-            noise = draw_noise(shape, phase.noise, settings.seed, step)[share]
+            noise = draw_noise(shape, phase.noise, settings.seed, step)[rows]
             inputs = tf.clip_by_value(targets + noise, 0, 1)
         return update_weights(phase, inputs, targets, replicas)
 
     def train_step(step):
         loss = strategy.reduce("SUM", strategy.run(replica_step, [step]), axis=None)
         if replicas > 2:
-            # Sums over so many are rounded in any order: tied kernels would drift apart.
-            copy_kernels(phase.model.trainable_variables, phase.tied)
+            # The order of summation may differ between two kernels: tied ones would drift apart.
+            copy_kernels(phase.model.trainable_variables, phase.tied_kernels)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
-            # Pretraining has a chart of its own, since its steps begin with 0 as well.
+            # Pretraining has a chart of its own, since its steps also start at 0.
             tag = "loss" if phase.name == "train" else "loss/pretraining"
             tf.summary.scalar(tag, loss, step)
         return loss
@@ -546,7 +567,7 @@ def find_test_split(splits):
 
 def find_files(folder, excluded):
     """Yield all files below a folder, in order, following links, skipping excluded folders."""
-    excluded = excluded | {folder.resolve()}  # a link back to it would recurse forever
+    excluded = excluded | {folder.resolve()}  # following a link back to it would never end
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
             yield path
@@ -565,7 +586,7 @@ def open_picture(path):
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
-    except Exception:  # Pillow raises many kinds for broken files
+    except Exception:  # Pillow raises many errors for broken files
         return None
 
 
@@ -594,8 +615,8 @@ def read_folder(folder, settings):
                 skipped.append(path)
                 continue
             found += 1
-            *classes, _ = path.relative_to(split).parts
-            label = classes[0] if classes else ""
+            *folders, _ = path.relative_to(split).parts
+            label = folders[0] if folders else ""
             yield image, is_test, label, path.relative_to(folder).as_posix()
     if skipped:
         print(f"skipped  {len(skipped):,} files that Pillow cannot read, such as {skipped[0]}")
@@ -611,7 +632,7 @@ def read_arrays(path):
     try:
         arrays = np.load(path)
         arrays = {"x_train": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
-    except Exception as error:  # NumPy raises many kinds for damaged files
+    except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
     for split in ("train", "test"):
         images = arrays.get(f"x_{split}", np.zeros((0, 1, 1)))
@@ -634,12 +655,12 @@ def read_tfds(name, data_dir):
     import requests
     import tensorflow_datasets as tfds
 
-    absl.logging.set_verbosity("error")  # TFDS warns of its own calls
+    absl.logging.set_verbosity("error")  # its own calls cause warnings
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         features = dict(builder.info.features)
         is_one_size = None not in features["image"].shape
-    except Exception as error:  # TFDS raises many kinds for a wrong name
+    except Exception as error:  # TFDS raises many errors for a wrong name
         raise SettingsError(
             f"{name!r} is not a folder, a .npz or .npy file, or a TFDS image dataset: {error}"
         ) from error
@@ -650,26 +671,29 @@ def read_tfds(name, data_dir):
             builder.download_and_prepare()
         except Exception as error:  # whatever broke the download
             raise RunError(
-                f"{name} is not in {builder.data_dir}, and cannot be downloaded: see README.md on"
-                f" offline use ({error})"
+                f"{name} is not in {builder.data_dir}, and cannot be downloaded: see README.md"
+                f" about offline use ({error})"
             ) from error
-    splits = builder.info.splits
-    if "train" not in splits:
-        raise SettingsError(f"--dataset {name} has no 'train' split, only {', '.join(splits)}")
+    available = builder.info.splits
+    if "train" not in available:
+        raise SettingsError(f"--dataset {name} has no 'train' split, only {', '.join(available)}")
     to_name = getattr(features.get("label"), "int2str", str)  # str for labels without names
     wanted = {key: True for key in ("image", "label") if key in features}
     decoders = tfds.decode.PartialDecoding(wanted)
     batch_size = 1000 if is_one_size else 1  # batches are three times faster
-    test_split = find_test_split(splits)
+    test_split = find_test_split(available)
+    splits = ["train", test_split] if test_split else ["train"]
     try:
-        for split in filter(None, ["train", test_split]):
+        for split in splits:
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
                 labels = batch.get("label", repeat(""))  # without end
                 for image, label in zip(batch["image"], labels, strict=False):
                     yield image, split == test_split, to_name(label), ""
     except tf.errors.OpError as error:
-        raise RunError(f"{builder.data_dir} is damaged: get it again ({error.message})") from error
+        raise RunError(
+            f"{builder.data_dir} is damaged: download it again ({error.message})"
+        ) from error
 
 
 def choose_reader(settings):
@@ -677,7 +701,7 @@ def choose_reader(settings):
     path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset).expanduser()
     if path.suffix in (".npz", ".npy"):
         return read_arrays(path)
-    # "mnist" is TFDS's dataset, even where a folder has that name.
+    # The README's "mnist" is TFDS's dataset, even if there is a folder of that name.
     if path.is_dir() and settings.dataset != "mnist":
         return read_folder(path, settings)
     return read_tfds(settings.dataset, settings.data_dir)
@@ -697,7 +721,7 @@ def to_eight_bits(images, low, high):
         raise SettingsError(
             f"pixels range from {low:g} to {high:g}: they must be finite, and not all equal"
         )
-    if images.dtype == np.uint8 and high > 1:  # only 0 and 1, as in masks, are scaled as well
+    if images.dtype == np.uint8 and high > 1:  # masks of 0 and 1 are scaled too
         return images
     print(f"values   from {low:g} to {high:g}, scaled to 0 to 255")
     return np.rint(np.interp(images, [low, high], [0, 255])).astype(np.uint8)
@@ -707,11 +731,12 @@ def read_images(settings):
     """Return all images, (n, height, width, channels) uint8, and (is_test, label, file) of each."""
     images = []
     details = []
-    low = np.inf  # of all images, before resizing; so are `high` and `dtypes`
+    # Of all images, before resizing:
+    low = np.inf
     high = -np.inf
     dtypes = set()
     for image, *rest in tqdm(choose_reader(settings), "reading", delay=2, disable=None):
-        low = np.minimum(low, image.min())  # min() would lose NaN
+        low = np.minimum(low, image.min())  # Python's min() could lose NaN
         high = np.maximum(high, image.max())
         dtypes.add(image.dtype)
         if settings.image_size:
@@ -720,14 +745,15 @@ def read_images(settings):
         details.append(rest)
         if image.shape != images[0].shape or len(dtypes) > 1:
             raise SettingsError(
-                f"images are {images[0].shape} and {image.shape}, of {', '.join(map(str, dtypes))}:"
-                " add --image-size, such as 64, or convert them to one type"
+                f"images have shapes {images[0].shape} and {image.shape}, types"
+                f" {', '.join(map(str, dtypes))}: add --image-size, such as 64, or convert them"
             )
     if not images or images[0].shape[2] not in (1, 3):
-        raise SettingsError(f"{settings.dataset} must have images, with 1 or 3 channels")
+        raise SettingsError(f"{settings.dataset} must contain images with 1 or 3 channels")
     images = to_eight_bits(np.stack(images), low, high)
-    is_grey = (images == images[..., :1]).all()  # also if saved as RGB
-    return images[..., :1] if is_grey else images, details
+    if (images == images[..., :1]).all():  # grey, even if saved as RGB
+        images = images[..., :1]
+    return np.ascontiguousarray(images), details  # checksums need that
 
 
 def load_data(settings: Settings) -> Data:
@@ -753,14 +779,11 @@ def load_data(settings: Settings) -> Data:
 
 
 METRICS = ("test_loss", "squared_error", "psnr")
-MAX_WIDTH = 1400  # of pictures, in pixels
-GAP = 2  # between the images in them, in pixels
-BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
 def make_evaluate(autoencoder, seed):
-    """Return a compiled function: from uint8 images, and the standard deviation of the noise to
-    add, to inputs, outputs, latents and METRICS.
+    """Return a compiled function, evaluate(images, stddev): it adds noise to uint8 images, and
+    returns inputs, outputs, latents and METRICS.
 
     METRICS are means over the images: the loss; the squared error, summed over an image; and the
     PSNR of outputs clipped to [0, 1], in dB, at most 100.
@@ -774,13 +797,13 @@ def make_evaluate(autoencoder, seed):
     @tf.function(input_signature=signature, autograph=False)
     def evaluate(images, stddev):
         targets = tf.cast(images, tf.float32) / 255
-        # The same every time, and that of no training step.
+        # The same noise every time, unlike that of any training step.
         noise = draw_noise(tf.shape(images), stddev, seed, step=-1)
         inputs = tf.clip_by_value(targets + noise, 0, 1)
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
         loss = reconstruction_loss(targets, outputs)
-        error = squared_error(targets, outputs) * height * width
+        error = squared_error_per_pixel(targets, outputs) * height * width
         psnr = tf.image.psnr(targets, tf.clip_by_value(outputs, 0, 1), max_val=1)
         metrics = [loss, error, tf.reduce_mean(tf.minimum(psnr, 100))]
         return inputs, outputs, latents, metrics
@@ -792,6 +815,7 @@ def compute_metrics(evaluate, images, stddev=0):
     """Return METRICS of all images, by name, and their latents."""
     latents = []
     metrics = []
+    # About 100,000 values at once: larger batches need more memory, and are not faster.
     batches = np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
     for batch in batches:
         _, _, batch_latents, batch_metrics = evaluate(batch, stddev)
@@ -801,16 +825,13 @@ def compute_metrics(evaluate, images, stddev=0):
     return dict(zip(METRICS, means.tolist(), strict=True)), np.concatenate(latents)
 
 
-def choose_preview_images(data):
-    """Return up to ten test images: one of each class, then others."""
-    _, chosen = np.unique(data.labels, return_index=True)
-    others = np.setdiff1d(np.arange(len(data.test)), chosen)
-    count = max(1, min(10, MAX_WIDTH // (data.test.shape[2] + GAP)))
-    return data.test[np.concatenate([chosen, others])[:count]]
-
-
 # --------------------------------------------------------------------------------------------------
 # Files and pictures
+
+
+MAX_WIDTH = 1400  # of pictures, in pixels
+GAP = 2  # between the images in them, in pixels
+BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
 def is_chief():
@@ -819,7 +840,7 @@ def is_chief():
 
 
 def write_atomically(path, save):
-    """Let `save` write a temporary file, then rename it to `path`. Raises RunError."""
+    """Have `save` write a temporary file, then rename it to `path`. Raises RunError."""
     if not is_chief():
         return
     part = path.with_name(f".part-{path.name}")  # a prefix: the suffix selects the format
@@ -834,6 +855,14 @@ def write_atomically(path, save):
 def write_json(path, values):
     """Write a dictionary as JSON."""
     write_atomically(path, lambda part: part.write_text(json.dumps(values, indent=2)))
+
+
+def choose_preview_images(data):
+    """Return up to ten test images: one of each class, then others."""
+    _, chosen = np.unique(data.labels, return_index=True)
+    others = np.setdiff1d(np.arange(len(data.test)), chosen)
+    count = max(1, min(10, MAX_WIDTH // (data.test.shape[2] + GAP)))
+    return data.test[np.concatenate([chosen, others])[:count]]
 
 
 def draw_grid(rows, title):
@@ -858,12 +887,12 @@ def draw_animation(paths, path):
     if not is_chief():  # the pictures are not there
         return
     frames = []
-    # From the first to the last; small numbers come several times.
+    # Of 28 numbers from the first to the last, unique() drops small ones that are repeated.
     for index in np.unique(np.geomspace(1, len(paths), 28).astype(int)) - 1:
         try:
             # 16 grey levels make the file three times smaller.
             frames.append(Image.open(paths[index]).point(lambda value: value // 16 * 17))
-        except (OSError, SyntaxError) as error:  # both are Pillow's, for damaged files
+        except (OSError, SyntaxError) as error:  # Pillow raises either for damaged files
             print(f"warning  {path} is made without {paths[index]}: {error}")
     times = [300] * (len(frames) - 1) + [3000]  # ms
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
@@ -872,7 +901,7 @@ def draw_animation(paths, path):
 
 @matplotlib.style.context("default")  # whatever a matplotlibrc says
 def draw_summary(losses, previews, path):
-    """Plot the losses of each phase, averaged over 1 % of its steps, and the preview losses."""
+    """Plot the losses of each phase, averaged over 1% of its steps, and the preview losses."""
     axes = Figure(figsize=(9, 5), layout="tight").subplots()
     start = len(losses["train"]) - sum(map(len, losses.values()))  # pretraining ends at step 0
     for name, values in losses.items():
@@ -893,10 +922,14 @@ def draw_summary(losses, previews, path):
 
 
 class Run:
-    """A run: its folders, the state that checkpoints hold, and what it writes."""
+    """A run: its folders, the state that checkpoints hold, and what it writes.
 
-    def __init__(self, settings, data, autoencoder, phases):
+    Curves and pictures count the steps of a phase; checkpoints and messages those of all phases.
+    """
+
+    def __init__(self, settings, config, data, autoencoder, phases):
         self.settings = settings
+        self.config = config
         self.data = data
         self.autoencoder = autoencoder
         self.phases = phases
@@ -907,7 +940,7 @@ class Run:
         self.writers = {}
         variables = chain(autoencoder.variables, *(phase.optimizer.variables for phase in phases))
         self.variables = {variable.path: variable for variable in variables}
-        # The loss of every step so far: their number is the number of steps trained.
+        # The loss of every step so far: their number is the step to go on from.
         self.losses = {phase.name: np.zeros(0, np.float32) for phase in phases}
         self.preview_losses = {}  # by step
 
@@ -916,7 +949,7 @@ class Run:
         return sum(map(len, self.losses.values()))
 
     def checkpoint_path(self):
-        """Return the path of a checkpoint of the state as it is."""
+        """Return the path of a checkpoint of the present state."""
         return self.log_folder / "checkpoints" / f"step_{self.steps_done():012}.npz"
 
     def list_checkpoints(self):
@@ -934,25 +967,25 @@ class Run:
                     self.losses = {name: arrays[name] for name in self.losses}
                     previews = arrays["previews"]
                     self.preview_losses = {int(step): loss for step, loss in previews}
-                if path != self.checkpoint_path():
+                if path != self.checkpoint_path():  # renamed
                     raise ValueError(f"it holds step {self.steps_done()}")
                 return
-            except Exception as error:  # NumPy raises many kinds for damaged files
+            except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is skipped: damaged, or of another run ({error!r})")
         if checkpoints:
             raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
 
+    def open_writer(self, name):
+        """Return a writer of events, which flushes at the end of a `with` block, and only then."""
+        if not is_chief():
+            return tf.summary.create_noop_writer()
+        path = str(self.log_folder / name)
+        return tf.summary.create_file_writer(path, max_queue=10**6, flush_millis=10**9)
+
     def open_writers(self):
         """Open TensorBoard's event files, and write the model's graph."""
         for name in [*self.losses, "preview"]:
-            if is_chief():
-                self.writers[name] = tf.summary.create_file_writer(
-                    str(self.log_folder / name),
-                    max_queue=10**6,  # flushed when a `with` block ends, by nothing else
-                    flush_millis=10**9,
-                )
-            else:
-                self.writers[name] = tf.summary.create_noop_writer()
+            self.writers[name] = self.open_writer(name)
         with self.writers["preview"].as_default():
             tf.summary.graph(self.evaluate.get_concrete_function().graph)
 
@@ -965,7 +998,10 @@ class Run:
             )
 
     def save(self):
-        """Write a checkpoint, and keep the last three. The events are on the disk already."""
+        """Write a checkpoint, and keep only the last three.
+
+        The events of its steps are already on disk, so a resumed run lacks no point.
+        """
         arrays = {path: variable.numpy() for path, variable in self.variables.items()}
         for array in arrays.values():
             self.check_finite(array)
@@ -990,7 +1026,7 @@ class Run:
         write_atomically(path, lambda part: part.write_bytes(png.getvalue()))
         with self.writers["preview"].as_default(step=step):
             tf.summary.scalar("loss", loss)
-            # The encoded file: tf.summary.image would take half a second more per run.
+            # Width, height, encoded file. tf.summary.image would take half a second more per run.
             image = [str(grid.width), str(grid.height), png.getvalue()]
             metadata = create_summary_metadata(display_name=None, description=None)
             tf.summary.write("reconstructions", tf.constant(image), metadata=metadata)
@@ -1005,9 +1041,9 @@ class Run:
         if self.settings.noise:
             noisy, _ = compute_metrics(self.evaluate, self.data.test, self.settings.noise)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
-        known = {name: getattr(self.data, name) for name in ("labels", "classes", "files")}
+        metadata = {name: getattr(self.data, name) for name in ("labels", "classes", "files")}
         path = self.log_folder / "latents.npz"
-        write_atomically(path, lambda part: np.savez(part, latents=latents, **known))
+        write_atomically(path, lambda part: np.savez(part, latents=latents, **metadata))
         bar.set_postfix_str("training.gif and summary.png")
         pictures = [self.sample_folder / f"step_{step:05}.png" for step in self.preview_losses]
         draw_animation(pictures, self.sample_folder / "training.gif")
@@ -1018,15 +1054,15 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-# What does not change a run's numbers, and may differ when it resumes; what changes only their last
-# digits, and is warned of.
+# These may differ when a run resumes: the data have checksums, so "dataset" is only a name.
 IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
+# These may differ too, with a warning: the script may change anything, the others the last digits.
 WARNED = {"checksum of the script", "tensorflow", "keras", "onednn", "threads", "replicas"}
 
 
 def make_config(settings, data):
     """Return what determines a run's numbers; prepare() adds the shapes of the weights."""
-    surroundings = {
+    others = {
         "checksum of training images": zlib.crc32(data.train),
         "checksum of test images": zlib.crc32(data.test),
         "checksum of labels": zlib.crc32(data.labels),
@@ -1037,7 +1073,7 @@ def make_config(settings, data):
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
     }
-    return settings.model_dump(mode="json") | surroundings
+    return settings.model_dump(mode="json") | others
 
 
 def find_differences(before, now, ignored):
@@ -1062,16 +1098,16 @@ def check_config(path, config):
         ) from error
     defaults = Settings().model_dump(mode="json")  # for settings that older scripts lack
     for name, old, new in find_differences(defaults | before, config, IGNORED):
-        message = f"{path.parent} was started with {name} {old}, and now it is {new}"
+        message = f"{path.parent} was started with {name} {old}, but it is now {new}"
         is_extended = name == "steps" and config["schedule"] == "constant" and old < new
         if name in WARNED:
             print(f"warning  {message}: its numbers may differ")
         elif not is_extended:
-            raise SettingsError(f"{message}: resume with the former, or use another --run-name")
+            raise SettingsError(f"{message}: resume with the old value, or use another --run-name")
 
 
 @contextlib.contextmanager
-def open_run(run, config):
+def open_run(run):
     """Lock a run, restore its last checkpoint, and open its event files, for a `with` block."""
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
@@ -1082,9 +1118,9 @@ def open_run(run, config):
     try:
         with lock:
             if config_path.exists() or run.list_checkpoints():
-                check_config(config_path, config)
+                check_config(config_path, run.config)
             run.restore()
-            write_json(config_path, config)
+            write_json(config_path, run.config)
             run.open_writers()
             yield
     except filelock.Timeout:
@@ -1096,7 +1132,7 @@ def open_run(run, config):
 
 
 def gather_from_workers(numbers):
-    """Return the numbers of all workers, (replicas, n) int32, once all of them are there."""
+    """Return the numbers of all workers, (replicas, n) int32, once all of them have arrived."""
     strategy = tf.distribute.get_strategy()
     row = tf.constant([numbers], tf.int32)
     rows = strategy.experimental_distribute_values_from_function(lambda _: row)
@@ -1107,14 +1143,13 @@ def compare_workers(config):
     """Raise SettingsError if the workers, if any, have different configs, except in threads."""
     if "TF_CONFIG" not in os.environ:
         return
-    ignored = {"threads"} | IGNORED - {"run_name"}
+    ignored = (IGNORED | {"threads"}) - {"run_name"}
     text = json.dumps(config).encode().ljust(2**18)  # gathering needs equal lengths
     for row in gather_from_workers(list(text)):
         other = json.loads(bytes(row.tolist()))
         for name, here, there in find_differences(config, other, ignored):
             raise SettingsError(
-                f"{name} is {here} for this worker and {there} for another: give all workers the"
-                " same"
+                f"{name} is {here} for this worker and {there} for another: use the same for all"
             )
 
 
@@ -1131,12 +1166,14 @@ def wait_for_workers():
             try:
                 socket.create_connection(workers[-1], timeout=1).close()
                 workers.pop()
-            except (ConnectionError, TimeoutError):
+            except socket.gaierror:  # a wrong name
+                raise
+            except OSError:  # not there yet
                 time.sleep(0.1)
 
 
 def connect_workers():
-    """Return the strategy for the workers of TF_CONFIG, once all of them are there."""
+    """Return the strategy for the workers of TF_CONFIG, once all of them are running."""
     print("workers  waiting for all workers of TF_CONFIG", flush=True)
     try:
         wait_for_workers()
@@ -1146,21 +1183,21 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    if stop_request.resume_command:  # if the signals are watched
-        # TensorFlow has replaced Python's handler in C, which Python does not know: again.
+    if stop_request.resume_command:  # set by watch()
+        # TensorFlow has replaced Python's own handler, in C: install it again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
 
 def configure_tensorflow(settings):
-    """Set threads and GPU memory, which is to precede any other call of TensorFlow."""
-    tf.get_logger().setLevel("ERROR")  # no warnings of retracing
+    """Set threads and GPU memory; this must come before any other call of TensorFlow."""
+    tf.get_logger().setLevel("ERROR")  # no warnings about retracing
     keras.utils.clear_session()  # automatic names of layers start over, as in a new process
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
     threads = 1 if settings.batch_size == 1 else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # the importing program has used TensorFlow
+    with contextlib.suppress(RuntimeError):  # an importing program has already used TensorFlow
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(2)
     actual = tf.config.threading.get_intra_op_parallelism_threads()
@@ -1185,7 +1222,7 @@ def make_strategy(settings):
     gpus = tf.config.list_physical_devices("GPU")
     if "TF_CONFIG" in os.environ:
         strategy = connect_workers()
-    elif len(gpus) > 1 and settings.batch_size > 1:  # one image cannot be divided
+    elif len(gpus) > 1 and settings.batch_size > 1:  # one image cannot be split
         strategy = tf.distribute.MirroredStrategy()
     else:
         strategy = tf.distribute.OneDeviceStrategy("GPU:0" if gpus else "CPU:0")
@@ -1207,19 +1244,21 @@ ONE_AT_A_TIME = threading.Lock()  # Keras and TensorFlow have process-wide state
 def stop_if_asked(run):
     """Save and end the process if it, or another worker, has received a signal."""
     signal_number = stop_request.received
-    if "TF_CONFIG" in os.environ:  # all of them stop after the same step
+    if "TF_CONFIG" in os.environ:  # all workers must stop after the same step
         signal_number = gather_from_workers([signal_number]).max()
     if signal_number:
         run.save()
-        stop_request.end(signal_number)
+        stop_request.end_process(signal_number)
 
 
-def report(phase, run, bar, recent_losses):
-    """Show the mean of recent losses; in training, write a preview and show its loss as well."""
-    step = len(run.losses[phase.name])
-    text = f"loss {np.mean(recent_losses):.4f}  " if step else ""
+def report(phase, run, bar):
+    """Show the mean of the last losses; in training, also write a preview and show its loss."""
+    losses = run.losses[phase.name]
+    step = len(losses)
+    text = f"loss {losses[-50:].mean():.4f}  " if step else ""
     if phase.name == "train":
-        text += f"preview loss {run.log_preview(step):.4f}"
+        preview_loss = run.log_preview(step)
+        text += f"preview loss {preview_loss:.4f}"
     else:
         text += phase.name
     bar.set_postfix_str(text, refresh=False)
@@ -1228,58 +1267,59 @@ def report(phase, run, bar, recent_losses):
 
 
 def fit_phase(phase, images, run, bar):
-    """Train a phase to its last step, from where it stands."""
+    """Train a phase to its last step, from wherever it stands."""
     settings = run.settings
     train_steps = make_train_steps(phase, images, settings, run.writers[phase.name])
-    # Fewer for large batches, since signals are handled between calls.
+    # Fewer steps per call for large batches, since signals are handled between calls.
     values_per_step = settings.batch_size * run.data.train[0].size
     steps_per_call = max(1, min(50, 2_000_000 // values_per_step))
-    while True:
-        losses = run.losses[phase.name]
-        step = len(losses)
-        is_last = step == phase.steps
-        if step % settings.sample_every == 0 or is_last:
-            report(phase, run, bar, losses[-steps_per_call:])
-        if is_last or (step and step % settings.checkpoint_every == 0):
-            run.save()
-        if is_last:
-            return
-        # Until the next multiple of each interval.
-        intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
-        stop = min(phase.steps, *((step // every + 1) * every for every in intervals))
-        new_losses = train_steps(step, stop).numpy()
-        run.losses[phase.name] = np.append(losses, new_losses)
-        run.check_finite(new_losses)
+    intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
+    step = len(run.losses[phase.name])
+    while step < phase.steps:
+        if step % settings.sample_every == 0:
+            report(phase, run, bar)
+        # Stop at the nearest multiple of any interval, or at the last step.
+        next_multiples = [(step // interval + 1) * interval for interval in intervals]
+        stop = min(phase.steps, *next_multiples)
+        losses = train_steps(step, stop).numpy()
+        run.losses[phase.name] = np.append(run.losses[phase.name], losses)
+        run.check_finite(losses)
         bar.update(stop - step)
+        step = stop
+        if step % settings.checkpoint_every == 0 and step < phase.steps:
+            run.save()
         stop_if_asked(run)
+    report(phase, run, bar)
+    run.save()
 
 
 def fit(run, bar):
     """Train all phases. A signal saves the run and ends the process."""
     with tf.device("CPU:0"):  # otherwise they would go to the first GPU
         images = tf.constant(run.data.train)
-    stop_request.training = True
+    stop_request.deferred = True
     try:
         for phase in run.phases:
             fit_phase(phase, images, run, bar)
     finally:
-        stop_request.training = False
-    if stop_request.received:  # after the last step
-        stop_request.end(stop_request.received)
+        stop_request.deferred = False
+    if stop_request.received:  # since the last step
+        stop_request.end_process(stop_request.received)
 
 
 def prepare(settings):
-    """Return the run of these settings, and its config."""
+    """Return the run of these settings."""
     keras.utils.set_random_seed(settings.seed)
     data = load_data(settings)
     config = make_config(settings, data)
     compare_workers(config)  # before the model: workers that build different ones hang
-    autoencoder, pairs = build_autoencoder(
+    autoencoder, tensor_pairs = build_autoencoder(
         data.train.shape[1:], settings.depth, settings.latent_dim, settings.initializer
     )
-    phases = plan_phases(autoencoder, pairs, settings)
+    phases = plan_phases(autoencoder, tensor_pairs, settings)
+    # FILTERS are no setting: the shapes show whether they have been edited.
     config |= {variable.path: list(variable.shape) for variable in autoencoder.variables}
-    return Run(settings, data, autoencoder, phases), config
+    return Run(settings, config, data, autoencoder, phases)
 
 
 def print_overview(run, total):
@@ -1304,33 +1344,46 @@ def print_overview(run, total):
     print(f"view     tensorboard --logdir {folder} --samples_per_plugin images=1000", flush=True)
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Train an autoencoder, or resume its run; return the contents of metrics.json.
-
-    A process trains one run at a time. The number of threads stays that of its first run. Raises
-    SettingsError, or RunError, OSError or TensorFlow's OpError if the run fails.
-    """
-    started = time.perf_counter()
-    if ONE_AT_A_TIME.locked():
-        raise SettingsError("another run trains in this process: start a process for this one")
-    configure_tensorflow(settings)
-    with ONE_AT_A_TIME, make_strategy(settings).scope():
-        run, config = prepare(settings)
-        with open_run(run, config):
-            compare_workers({"the step to resume from": run.steps_done()})
-            total = sum(phase.steps for phase in run.phases)
-            print_overview(run, total)
-            with tqdm(total=total, initial=run.steps_done(), disable=None, file=sys.stdout) as bar:
-                fit(run, bar)
-                metrics = run.finish(bar)
-            metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
-            write_json(run.log_folder / "metrics.json", metrics)
+def print_results(run, metrics):
+    """Print how good the result is, and where it is."""
     print(
         f"done     test loss {metrics['test_loss']:.4f}, PSNR {metrics['psnr']:.1f} dB, on"
         f" {len(run.data.test):,} test images"
     )
     print(f"pictures {run.sample_folder}: training.gif, summary.png, step_….png")
-    print(f"model    {run.log_folder / 'autoencoder.keras'}")
+    print(f"model    {run.log_folder / 'autoencoder.keras'}", flush=True)
+
+
+def train_run(run):
+    """Train what is left of a run, and write its results; return the metrics."""
+    total = sum(phase.steps for phase in run.phases)
+    print_overview(run, total)
+    with tqdm(total=total, initial=run.steps_done(), disable=None, file=sys.stdout) as bar:
+        fit(run, bar)
+        return run.finish(bar)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Train an autoencoder, or resume its run; return the contents of metrics.json.
+
+    A process trains one run at a time, and its first run fixes the number of threads. Raises
+    SettingsError, or RunError, OSError or TensorFlow's OpError if the run fails.
+    """
+    started = time.perf_counter()
+    if not ONE_AT_A_TIME.acquire(blocking=False):
+        raise SettingsError("another run is training in this process: start another process")
+    try:
+        configure_tensorflow(settings)
+        with make_strategy(settings).scope():
+            run = prepare(settings)
+            with open_run(run):
+                compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
+                metrics = train_run(run)
+                metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
+                write_json(run.log_folder / "metrics.json", metrics)
+    finally:
+        ONE_AT_A_TIME.release()
+    print_results(run, metrics)
     return metrics
 
 
@@ -1362,7 +1415,8 @@ def main(settings: Settings) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     status = main(command_line_settings)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
     if "TF_CONFIG" in os.environ:
-        sys.exit(status)  # workers take leave of one another
+        sys.exit(status)  # workers disconnect from one another
     os._exit(status)  # at once: a signal would be lost while Python shuts down

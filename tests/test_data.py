@@ -419,7 +419,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         ({"a.txt": b"text", "b.png": b"cut"}, "no pictures in set.* 2 files"),
         ({"dataset_info.json": b"{}"}, "TFDS .*--data-dir"),
         ({"a.png": SMALL[0], "b.png": SMALL[0, 1:]}, "add --image-size"),
-        ({"a.png": SMALL[0], "b.png": np.uint16(SMALL[0])}, "convert them to one type"),
+        ({"a.png": SMALL[0], "b.png": np.uint16(SMALL[0])}, "or convert them"),
         ({"a.png": SMALL[0] * 0}, "0 .* 0: .*not all equal"),
         ({"a.tiff": np.float32(SMALL[0] * np.nan)}, "nan"),
     ],
@@ -443,8 +443,8 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
         (draw(20, 4, 4, 4), "1 or 3 channels"),
         ({"x_train": SMALL, "y_train": np.zeros(1)}, "n labels as y_train"),
         ({"x_train": SMALL, "x_test": SMALL[:, 1:]}, "--image-size"),
-        ({"x_train": SMALL, "x_test": SMALL / 255}, "one type"),
-        ({"images": SMALL}, "x.npz must have images"),
+        ({"x_train": SMALL, "x_test": SMALL / 255}, "uint8.*or convert them"),
+        ({"images": SMALL}, "x.npz must contain images"),
         (b"text", "x.npz is missing or damaged"),
         (train_ae.BUNDLED.read_bytes()[:-9000], "x.npz is missing or damaged"),
     ],
@@ -453,6 +453,12 @@ def test_array_of_no_use_is_refused(content, said, refuse, tmp_path):
     name = "x.npy" if isinstance(content, np.ndarray) else "x.npz"
     save(tmp_path / name, content)
     assert re.search(said, refuse(name))
+
+
+def test_images_may_lie_in_memory_in_fortrans_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "x.npy", np.asfortranarray(SMALL))
+    assert helpers.here("--dataset", "x.npy", "--depth", 1, "--steps", 1) == 0
 
 
 def test_batch_larger_than_the_training_set_is_refused(refuse, tmp_path):
@@ -469,8 +475,8 @@ def test_batch_larger_than_the_training_set_is_refused(refuse, tmp_path):
         ("mnist:9.9.9", "only: 3.0.1", 2),
         ("no/such/folder", "not a folder", 2),
         ("no_such.npz", "no_such.npz is missing", 2),
-        ("mnist", "README.md on offline use", 1),
-        ("fashion_mnist", "README.md on offline use", 1),
+        ("mnist", "README.md about offline use", 1),
+        ("fashion_mnist", "README.md about offline use", 1),
     ],
 )
 def test_set_that_cannot_be_had_is_refused(name, said, status, refuse, tmp_path):

@@ -291,7 +291,7 @@ def test_other_versions_are_said(run, finish, alone):
     assert run.json("config") == alone(*LONGER).json("config")
 
 
-LOSS = "    return squared_error(images, outputs)\n"
+LOSS = "    return squared_error_per_pixel(images, outputs)\n"
 NEW = ("    tied: bool", '    sharp: int = 1\n    """new"""\n    tied: bool')
 EDITS = [
     (LOSS, "    return tf.reduce_mean(tf.abs(images - outputs))\n", [], 0, [" script "]),

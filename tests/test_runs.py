@@ -130,7 +130,7 @@ def test_readmes_code_reconstructs_a_picture(tmp_path, run_here):
 
 LAYER = "        encoded.append(layer(encoded[-1]))\n"
 FOLLOWED = "        encoded.append(layers.{}({})(layer(encoded[-1])))\n"
-OBJECTIVE = "    return squared_error(images, outputs)\n"
+OBJECTIVE = "    return squared_error_per_pixel(images, outputs)\n"
 SSIM = "    return 1 - tf.reduce_mean(tf.image.ssim(images, outputs, 1, filter_size=5))\n"
 FILTERS = "FILTERS = (16, 32, 64, 128)"
 EVERYTHING = ["--depth", "2", "--tied", "--latent-dim", "5", "--pretrain-steps", "10"]

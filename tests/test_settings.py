@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import helpers
 import matplotlib
@@ -39,7 +40,7 @@ BAD_VALUES = [
     ("--schedule", "linear", "'constant' or 'cosine'"),
     ("--initializer", "he", "'article' or 'glorot'"),
     ("--run-name", "a/b ../a . .x -x é x: " + 101 * "x", "not starting with"),
-    ("--log-dir --sample-dir --data-dir", "gs://bucket/x file:///x", "URL"),
+    ("--log-dir --sample-dir --data-dir", "gs://bucket/x s3://x file:///x", "URL"),
 ]
 # Other words that must be refused, and what has to be said of them.
 BAD_WORDS = {
@@ -136,6 +137,7 @@ def test_settings_take_paths_and_refuse_unknown_names(tmp_path):
     texts = {name: str(path) for name, path in paths.items()}
     assert found == Settings(**texts, run_name=found.run_name)
     assert found.log_dir == paths["log_dir"]
+    assert Settings(log_dir="~/x").log_dir == Path.home() / "x"
     with pytest.raises(ValueError, match="no_such_name"):
         Settings(no_such_name=1)
 
@@ -166,7 +168,7 @@ def test_second_run_in_one_process_is_refused(tiny, tmp_path, monkeypatch, capsy
         time.sleep(0.01)
     assert train_ae.main(Settings(run_name="y", steps=1)) == 2
     first.join()
-    assert "another run trains in this process" in capsys.readouterr().err
+    assert "another run is training in this process" in capsys.readouterr().err
     assert len(helpers.Finished(tmp_path).losses()) == 200
     assert not (tmp_path / "logs" / "y").exists()
 
