@@ -10,7 +10,7 @@ EPYC cores and reaches a test loss of 0.0144. The model and its training follow 
 article written for TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in
 Python".
 
-A run that has ended for any reason, even kill -9, is resumed by its command with --run-name and the
+To resume a run that ended for any reason, even kill -9, repeat its command with --run-name and the
 name of its folder in logs. The results are the same as without the interruption.
 
 Sections: settings, stop signals, model, objective, optimizer, phases, training step, data, metrics,
@@ -62,9 +62,10 @@ class RunError(Exception):
 def default_initializer(values: dict[str, Any]) -> str:
     """Return "article" for the article's own model on MNIST, else "glorot".
 
-    The article's standard deviation of 0.02 learns the colours of other pictures very late.
+    With the article's standard deviation of 0.02, the colours of other pictures are learned very
+    late.
     """
-    name = re.split("[.:]", Path(values["dataset"]).name)[0]  # of mnist.npz or mnist:3.0.1
+    name = re.split("[.:]", Path(values["dataset"]).name)[0]  # "mnist" of mnist.npz or mnist:3.0.1
     is_mnist = name in ("mnist", "mnist_5k")
     return "article" if is_mnist and values["latent_dim"] == 0 else "glorot"
 
@@ -169,25 +170,25 @@ class StopRequest:
     """Whether a signal has asked this process to stop, and how the process then ends."""
 
     received = 0  # the number of the signal
-    deferred = False  # while fit() runs: it saves first, then ends the process
+    deferred = False  # True while fit() runs, which saves before it ends the process
     resume_command = ""
     ending = threading.Lock()
 
     def watch(self, resume_command: str) -> None:
         """Let the first SIGINT or SIGTERM end the process; ignore later ones."""
         self.resume_command = resume_command
+        # A handler in Python has to wait until TensorFlow returns to the main thread. But Python
+        # writes the signal's number to a socket at once, and a thread reads it. The handlers only
+        # keep the signal from killing the process.
         self.receiver, self.sender = socket.socketpair()
         self.sender.setblocking(False)
-        # Python's handlers have to wait while TensorFlow runs in the main thread. The number of
-        # the signal is written to this socket at once, and a thread reads it. The handlers only
-        # keep the signal from killing the process.
         signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self.wait, daemon=True).start()
 
     def wait(self) -> None:
-        """Wait for the first signal."""
+        """Wait for the first signal; end the process, unless fit() is running and will do so."""
         self.received = self.receiver.recv(1)[0]
         if not self.deferred:
             self.end_process(self.received)
@@ -211,7 +212,7 @@ if __name__ == "__main__":
     if not any(word.startswith("--run-name") for word in command):
         command += ["--run-name", command_line_settings.run_name]
     stop_request.watch(shlex.join(command))
-    os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to be imported with an unknown one
+    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib would fail with an unknown one
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # four times faster on one small image
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -273,7 +274,7 @@ def build_encoder(image_shape, depth, latent_dim, initializer):
         encoded.append(layer(encoded[-1]))
     if latent_dim:
         flat = layers.Flatten()(encoded[-1])
-        # Not in the article: it and the layer that mirrors it have Keras's initializer, Glorot's.
+        # Not in the article: this layer and its mirror keep Keras's default initializer, Glorot's.
         encoded.append(layers.Dense(latent_dim, name="latent")(flat))
     return encoded
 
@@ -285,8 +286,8 @@ def build_decoder(encoded, depth, latent_dim, initializer):
         shape = encoded[depth].shape[1:]
         expand = layers.Dense(int(np.prod(shape)), activation="leaky_relu", name="expand")
         restored.append(layers.Reshape(shape)(expand(restored[-1])))
-    for number, mirrored_input in enumerate(reversed(encoded[:depth]), start=1):
-        _, height, width, channels = mirrored_input.shape
+    for number, target in enumerate(reversed(encoded[:depth]), start=1):
+        _, height, width, channels = target.shape  # to restore
         layer = layers.Conv2DTranspose(
             filters=channels,
             # 2n and 2n - 1 both halve to n: the padding tells which one to restore.
@@ -330,12 +331,15 @@ def build_autoencoder(
 
 
 def squared_error_per_pixel(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Return the squared error, summed over the channels, which are the last axis, and averaged."""
+    """Return the squared error, summed over the last axis (channels), averaged over the rest."""
     return tf.reduce_mean(tf.reduce_sum(tf.square(outputs - targets), axis=-1))
 
 
 def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Return the scalar to minimize, for (batch, height, width, channels). Change it here."""
+    """Return the loss to minimize, a scalar. For another objective, change this function.
+
+    Both arguments are (batch, height, width, channels) float32.
+    """
     return squared_error_per_pixel(images, outputs)
 
 
@@ -352,6 +356,7 @@ class FusedAdam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         """Update a variable and its first and second moments."""
         index = self._get_variable_index(variable)
+        # `variable` is TensorFlow's; Keras's own, such as the moments, have one as `value`.
         step = tf.cast(self.iterations.value + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -387,7 +392,7 @@ class Phase(NamedTuple):
 def mirror(kernel):
     """Return a kernel as the mirrored layer has it: transposed if that is fully connected.
 
-    A transposed convolution has (height, width, output, input): the same as its mirrored one.
+    A transposed convolution stores (height, width, output, input): already its mirror's shape.
     """
     return tf.transpose(kernel) if len(kernel.shape) == 2 else kernel
 
@@ -413,39 +418,43 @@ def plan_phases(autoencoder, tensor_pairs, settings):
     """
     image_input, _ = tensor_pairs[0]
 
-    def make_phase(name, target, model):
-        is_train = model is autoencoder
-        steps = settings.steps if is_train else settings.pretrain_steps
+    def make_phase(name, target, model, loss, steps, noise):
         rate = settings.learning_rate
         if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
             rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-        # The article's epsilon is TensorFlow 1's default; Keras's is 1e-7.
+        # The article's epsilon is TensorFlow 1's default; Keras's is 1e-7. Names must not have "/".
         optimizer = FusedAdam(rate, epsilon=1e-8, name=name.replace("/", "_"))
         weights = model.trainable_variables
         optimizer.build(weights)
         tied_kernels = pair_kernels(weights) if settings.tied else []
         copy_kernels(weights, tied_kernels)
-        return Phase(
-            name=name,
-            frozen=keras.Model(image_input, target),
-            model=model,
-            # Hidden activations are not images: squared error, whatever the objective.
-            loss=reconstruction_loss if is_train else squared_error_per_pixel,
-            steps=steps,
-            noise=settings.noise if is_train else 0,
-            tied_kernels=tied_kernels,
-            optimizer=optimizer,
-        )
+        frozen = keras.Model(image_input, target)
+        return Phase(name, frozen, model, loss, steps, noise, tied_kernels, optimizer)
 
     phases = []
     if settings.pretrain_steps:
         for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
             encode = keras.Model(outer, inner)
             decode = keras.Model(inner_restored, outer_restored)
-            name = f"pretrain/{encode.layers[-1].name}"
-            phases.append(make_phase(name, outer, keras.Sequential([encode, decode])))
-    phases.append(make_phase("train", image_input, autoencoder))
-    return phases
+            phase = make_phase(
+                name=f"pretrain/{encode.layers[-1].name}",
+                target=outer,
+                model=keras.Sequential([encode, decode]),
+                # Hidden activations are not images: squared error, whatever the objective.
+                loss=squared_error_per_pixel,
+                steps=settings.pretrain_steps,
+                noise=0,
+            )
+            phases.append(phase)
+    phase = make_phase(
+        name="train",
+        target=image_input,
+        model=autoencoder,
+        loss=reconstruction_loss,
+        steps=settings.steps,
+        noise=settings.noise,
+    )
+    return [*phases, phase]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -509,7 +518,8 @@ def make_train_steps(phase, images, settings, writer):
             batch = tf.gather(images, indices[rows])
         inputs = targets = phase.frozen(tf.cast(batch, tf.float32) / 255, training=False)
         if phase.noise:
-            shape = (settings.batch_size, *images.shape[1:])  # for any number of replicas
+            # Of the whole batch, so that it does not depend on the number of replicas.
+            shape = (settings.batch_size, *images.shape[1:])
             noise = draw_noise(shape, phase.noise, settings.seed, step)[rows]
             inputs = tf.clip_by_value(targets + noise, 0, 1)
         return update_weights(phase, inputs, targets, replicas)
@@ -517,7 +527,8 @@ def make_train_steps(phase, images, settings, writer):
     def train_step(step):
         loss = strategy.reduce("SUM", strategy.run(replica_step, [step]), axis=None)
         if replicas > 2:
-            # The order of summation may differ between two kernels: tied ones would drift apart.
+            # Three or more gradients may be summed in another order for each kernel, and rounded
+            # differently: tied kernels would drift apart.
             copy_kernels(phase.model.trainable_variables, phase.tied_kernels)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
             # Pretraining has a chart of its own, since its steps also start at 0.
@@ -595,11 +606,11 @@ def read_folder(folder, settings):
 
     Raises SettingsError if there are no pictures.
     """
-    # What runs write is not data, even if the folder is itself log_dir or sample_dir.
+    # What a run writes is not data, even if the folder is itself log_dir or sample_dir.
     written = [settings.log_dir, settings.sample_dir]
     written += [path / settings.run_name for path in written]
     excluded = {path.resolve() for path in written}
-    splits = [(folder, False)]  # and whether its images are for the test
+    splits = [(folder, False)]  # each with whether its images are for the test
     test_split = find_test_split([path.name for path in folder.iterdir() if path.is_dir()])
     if test_split:
         splits = [(folder / "train", False), (folder / test_split, True)]
@@ -634,12 +645,11 @@ def read_arrays(path):
         arrays = {"x_train": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
     except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
-    for split in ("train", "test"):
-        images = arrays.get(f"x_{split}", np.zeros((0, 1, 1)))
+    for split in ["train", "test"] if "x_test" in arrays else ["train"]:
+        images = np.asarray(arrays.get(f"x_{split}"))  # if missing, None, which is refused
         labels = arrays.get(f"y_{split}", np.full(images.shape[:1], "")).flatten()
         is_numeric = images.dtype.kind in "buif"
-        is_empty = 0 in images.shape[1:]
-        is_image = is_numeric and images.ndim in (3, 4) and not is_empty
+        is_image = is_numeric and images.ndim in (3, 4) and 0 not in images.shape[1:]
         if not is_image or len(labels) != len(images):
             raise SettingsError(
                 f"{path} must have numbers as x_{split}, (n, height, width) or (n, height, width,"
@@ -655,7 +665,7 @@ def read_tfds(name, data_dir):
     import requests
     import tensorflow_datasets as tfds
 
-    absl.logging.set_verbosity("error")  # its own calls cause warnings
+    absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         features = dict(builder.info.features)
@@ -797,7 +807,7 @@ def make_evaluate(autoencoder, seed):
     @tf.function(input_signature=signature, autograph=False)
     def evaluate(images, stddev):
         targets = tf.cast(images, tf.float32) / 255
-        # The same noise every time, unlike that of any training step.
+        # The same noise at every call; no training step uses it.
         noise = draw_noise(tf.shape(images), stddev, seed, step=-1)
         inputs = tf.clip_by_value(targets + noise, 0, 1)
         latents = encoder(inputs, training=False)
@@ -831,6 +841,7 @@ def compute_metrics(evaluate, images, stddev=0):
 
 MAX_WIDTH = 1400  # of pictures, in pixels
 GAP = 2  # between the images in them, in pixels
+TITLE_HEIGHT = 28  # in pixels
 BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
@@ -840,7 +851,10 @@ def is_chief():
 
 
 def write_atomically(path, save):
-    """Have `save` write a temporary file, then rename it to `path`. Raises RunError."""
+    """Have `save` write a temporary file, then rename it to `path`; do nothing in other workers.
+
+    Raises RunError.
+    """
     if not is_chief():
         return
     part = path.with_name(f".part-{path.name}")  # a prefix: the suffix selects the format
@@ -876,9 +890,9 @@ def draw_grid(rows, title):
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
     grid = ImageOps.scale(grid, zoom, Image.Resampling.NEAREST)
     color = (BACKGROUND,) * len(grid.getbands())
-    grid = ImageOps.expand(grid, (0, 28, 0, 0), color)
+    grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, 0, 0), color)
     font = ImageFont.load_default(size=16)
-    ImageDraw.Draw(grid).text((6, 14), title, "white", font, anchor="lm")
+    ImageDraw.Draw(grid).text((6, TITLE_HEIGHT // 2), title, "white", font, anchor="lm")
     return grid
 
 
@@ -887,7 +901,7 @@ def draw_animation(paths, path):
     if not is_chief():  # the pictures are not there
         return
     frames = []
-    # Of 28 numbers from the first to the last, unique() drops small ones that are repeated.
+    # Geometric spacing favours the beginning, where numbers are repeated: hence unique().
     for index in np.unique(np.geomspace(1, len(paths), 28).astype(int)) - 1:
         try:
             # 16 grey levels make the file three times smaller.
@@ -903,7 +917,9 @@ def draw_animation(paths, path):
 def draw_summary(losses, previews, path):
     """Plot the losses of each phase, averaged over 1% of its steps, and the preview losses."""
     axes = Figure(figsize=(9, 5), layout="tight").subplots()
-    start = len(losses["train"]) - sum(map(len, losses.values()))  # pretraining ends at step 0
+    start = len(losses["train"]) - sum(
+        map(len, losses.values())
+    )  # pretraining has the negative steps
     for name, values in losses.items():
         parts = np.array_split(values, min(len(values), 100))
         ends = start + np.cumsum([len(part) for part in parts])
@@ -924,7 +940,8 @@ def draw_summary(losses, previews, path):
 class Run:
     """A run: its folders, the state that checkpoints hold, and what it writes.
 
-    Curves and pictures count the steps of a phase; checkpoints and messages those of all phases.
+    Curves, pictures and "step" lines count the steps of a phase; checkpoints, the bar and other
+    messages those of all phases.
     """
 
     def __init__(self, settings, config, data, autoencoder, phases):
@@ -940,7 +957,7 @@ class Run:
         self.writers = {}
         variables = chain(autoencoder.variables, *(phase.optimizer.variables for phase in phases))
         self.variables = {variable.path: variable for variable in variables}
-        # The loss of every step so far: their number is the step to go on from.
+        # The losses of all steps so far: their number is the step to resume from.
         self.losses = {phase.name: np.zeros(0, np.float32) for phase in phases}
         self.preview_losses = {}  # by step
 
@@ -1057,7 +1074,21 @@ class Run:
 # These may differ when a run resumes: the data have checksums, so "dataset" is only a name.
 IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
 # These may differ too, with a warning: the script may change anything, the others the last digits.
-WARNED = {"checksum of the script", "tensorflow", "keras", "onednn", "threads", "replicas"}
+WARNED = {
+    "checksum of the script",
+    "tensorflow",
+    "keras",
+    "onednn",
+    "devices",
+    "threads",
+    "replicas",
+}
+
+
+def list_devices():
+    """Return the names of the devices that this process trains on, such as GPU:0."""
+    devices = tf.distribute.get_strategy().extended.worker_devices
+    return [name.split("device:")[-1] for name in devices]
 
 
 def make_config(settings, data):
@@ -1070,6 +1101,7 @@ def make_config(settings, data):
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "onednn": os.environ["TF_ENABLE_ONEDNN_OPTS"],
+        "devices": list_devices(),
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
     }
@@ -1084,7 +1116,7 @@ def find_differences(before, now, ignored):
 
 
 def check_config(path, config):
-    """Raise SettingsError if a run was started with another config than the current one.
+    """Raise SettingsError if a run was started with a different config.
 
     More steps are allowed at a constant learning rate. Differences that change only the last digits
     are printed.
@@ -1107,7 +1139,7 @@ def check_config(path, config):
 
 
 @contextlib.contextmanager
-def open_run(run):
+def open_and_restore(run):
     """Lock a run, restore its last checkpoint, and open its event files, for a `with` block."""
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
@@ -1183,7 +1215,7 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    if stop_request.resume_command:  # set by watch()
+    if stop_request.resume_command:  # if watch() was called
         # TensorFlow has replaced Python's own handler, in C: install it again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
@@ -1203,8 +1235,8 @@ def configure_tensorflow(settings):
     actual = tf.config.threading.get_intra_op_parallelism_threads()
     if actual != threads:
         print(
-            f"warning  this process has {actual} threads, and a new one would have {threads}: the"
-            " last digits will differ"
+            f"warning  TensorFlow already has {actual or 'its own number of'} threads, and not"
+            f" {threads}, as in a new process: the last digits will differ"
         )
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
@@ -1251,7 +1283,7 @@ def stop_if_asked(run):
         stop_request.end_process(signal_number)
 
 
-def report(phase, run, bar):
+def report_and_preview(phase, run, bar):
     """Show the mean of the last losses; in training, also write a preview and show its loss."""
     losses = run.losses[phase.name]
     step = len(losses)
@@ -1271,13 +1303,13 @@ def fit_phase(phase, images, run, bar):
     settings = run.settings
     train_steps = make_train_steps(phase, images, settings, run.writers[phase.name])
     # Fewer steps per call for large batches, since signals are handled between calls.
-    values_per_step = settings.batch_size * run.data.train[0].size
+    values_per_step = settings.batch_size * math.prod(images.shape[1:])
     steps_per_call = max(1, min(50, 2_000_000 // values_per_step))
     intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
     step = len(run.losses[phase.name])
     while step < phase.steps:
         if step % settings.sample_every == 0:
-            report(phase, run, bar)
+            report_and_preview(phase, run, bar)
         # Stop at the nearest multiple of any interval, or at the last step.
         next_multiples = [(step // interval + 1) * interval for interval in intervals]
         stop = min(phase.steps, *next_multiples)
@@ -1289,7 +1321,7 @@ def fit_phase(phase, images, run, bar):
         if step % settings.checkpoint_every == 0 and step < phase.steps:
             run.save()
         stop_if_asked(run)
-    report(phase, run, bar)
+    report_and_preview(phase, run, bar)
     run.save()
 
 
@@ -1328,8 +1360,7 @@ def print_overview(run, total):
     train = run.data.train
     test = run.data.test
     _, height, width, channels = train.shape
-    devices = tf.distribute.get_strategy().extended.worker_devices
-    print("device  ", ", ".join(name.split("device:")[-1] for name in devices))
+    print("device  ", ", ".join(run.config["devices"]))
     print(
         f"data     {settings.dataset}: {len(train):,} images to train on, {len(test):,} to test on,"
         f" {height}x{width}x{channels}"
@@ -1354,15 +1385,6 @@ def print_results(run, metrics):
     print(f"model    {run.log_folder / 'autoencoder.keras'}", flush=True)
 
 
-def train_run(run):
-    """Train what is left of a run, and write its results; return the metrics."""
-    total = sum(phase.steps for phase in run.phases)
-    print_overview(run, total)
-    with tqdm(total=total, initial=run.steps_done(), disable=None, file=sys.stdout) as bar:
-        fit(run, bar)
-        return run.finish(bar)
-
-
 def train(settings: Settings) -> dict[str, Any]:
     """Train an autoencoder, or resume its run; return the contents of metrics.json.
 
@@ -1376,9 +1398,15 @@ def train(settings: Settings) -> dict[str, Any]:
         configure_tensorflow(settings)
         with make_strategy(settings).scope():
             run = prepare(settings)
-            with open_run(run):
+            with open_and_restore(run):
+                # Workers that do not share --log-dir would resume from different steps.
                 compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
-                metrics = train_run(run)
+                total = sum(phase.steps for phase in run.phases)
+                print_overview(run, total)
+                done = run.steps_done()
+                with tqdm(total=total, initial=done, disable=None, file=sys.stdout) as bar:
+                    fit(run, bar)
+                    metrics = run.finish(bar)
                 metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
                 write_json(run.log_folder / "metrics.json", metrics)
     finally:
@@ -1389,16 +1417,14 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def main(settings: Settings) -> int:
     """Train; return the exit status: 0, 1 for a failed run, 2 for unusable settings."""
-    status = 1
     try:
         train(settings)
         return 0
-    except SettingsError as error:
-        status = 2
-        message = str(error)
-    except (RunError, OSError) as error:
+    except (SettingsError, RunError, OSError) as error:
         message = str(error) or repr(error)
+        status = 2 if isinstance(error, SettingsError) else 1
     except (MemoryError, tf.errors.OpError) as error:
+        status = 1
         if "tfevents" in str(error):  # TensorBoard's files: their errors have no class of their own
             folder = settings.log_dir / settings.run_name
             message = f"{folder} cannot be written: is the disk full?"

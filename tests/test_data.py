@@ -444,7 +444,7 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
         ({"x_train": SMALL, "y_train": np.zeros(1)}, "n labels as y_train"),
         ({"x_train": SMALL, "x_test": SMALL[:, 1:]}, "--image-size"),
         ({"x_train": SMALL, "x_test": SMALL / 255}, "uint8.*or convert them"),
-        ({"images": SMALL}, "x.npz must contain images"),
+        ({"images": SMALL}, "x.npz must have numbers as x_train"),
         (b"text", "x.npz is missing or damaged"),
         (train_ae.BUNDLED.read_bytes()[:-9000], "x.npz is missing or damaged"),
     ],

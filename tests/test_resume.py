@@ -282,7 +282,15 @@ def test_other_images_or_labels_are_refused(run_here, refuse):
 
 def test_other_versions_are_said(run, finish, alone):
     now = run.json("config")
-    names = ["checksum of the script", "keras", "onednn", "replicas", "tensorflow", "threads"]
+    names = [
+        "checksum of the script",
+        "devices",
+        "keras",
+        "onednn",
+        "replicas",
+        "tensorflow",
+        "threads",
+    ]
     other = {name: f"other {name}" for name in names}
     (run.logs / "config.json").write_text(json.dumps(now | other))
     output = finish(*LONGER)
