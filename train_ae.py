@@ -916,7 +916,7 @@ def draw_animation(paths, path):
 @matplotlib.style.context("default")  # whatever a matplotlibrc says
 def draw_summary(losses, previews, path):
     """Plot the losses of each phase, averaged over 1% of its steps, and the preview losses."""
-    axes = Figure(figsize=(9, 5), layout="tight").subplots()
+    axes = Figure(figsize=(9, 5)).subplots()
     start = len(losses["train"]) - sum(
         map(len, losses.values())
     )  # pretraining has the negative steps
