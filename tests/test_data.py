@@ -262,7 +262,8 @@ def test_a_tenth_is_held_out_by_the_seed(pictures, tmp_path):
         ("train val", "val", "nothing"),
         ("train valid", "valid", "nothing"),
         ("train validation", "validation", "nothing"),
-        ("train validation test", "test", "validation"),
+        ("train val test", "test", "val"),
+        ("train validation valid val", "val", "valid, validation"),
         ("train test other more", "test", "more, other"),
     ],
 )
