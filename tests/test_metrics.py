@@ -69,6 +69,14 @@ def test_metrics_are_those_of_the_saved_model(run):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_psnr_is_that_of_clipped_outputs(default_run, digits):
+    images = digits["x_test"][..., np.newaxis] / np.float32(255)
+    outputs = default_run.model()(images).numpy()
+    assert outputs.min() < -0.01
+    psnr = compute(images, outputs)["psnr"]
+    assert default_run.json("metrics")["psnr"] == pytest.approx(psnr, rel=1e-5)
+
+
 def test_latents_belong_to_labels_and_files(run):
     saved = run.saved
     latents = run.model.get_layer("encoder")(run.images)
