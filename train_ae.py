@@ -111,7 +111,7 @@ class Settings(BaseModel):
     """mnist_5k (bundled digits), a folder of pictures, a .npz or .npy file, or a TFDS dataset"""
     image_size: CountOrZero = 0
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
-    # Below dataset and latent_dim, on which its default depends.
+    # Must stay below dataset and latent_dim, on which its default depends.
     initializer: Literal["article", "glorot"] = Field(default_factory=default_initializer)
     """initial weights, article or glorot (default: article for MNIST without --latent-dim)"""
     seed: CountOrZero = 0
@@ -169,13 +169,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 class StopRequest:
     """Whether a signal has asked this process to stop, and how the process then ends."""
 
-    received = 0  # the number of the signal
+    received = 0  # the number of the first signal
+    watching = False
     deferred = False  # True while fit() runs, which saves before it ends the process
     resume_command = ""
     ending = threading.Lock()
 
     def watch(self, resume_command: str) -> None:
         """Let the first SIGINT or SIGTERM end the process; ignore later ones."""
+        self.watching = True
         self.resume_command = resume_command
         # A handler in Python has to wait until TensorFlow returns to the main thread. But Python
         # writes the signal's number to a socket at once, and a thread reads it. The handlers only
@@ -198,7 +200,7 @@ class StopRequest:
         self.ending.acquire()  # never released: the first thread to get here ends the process
         try:
             os.write(2, f"train_ae.py: stopped; to resume: {self.resume_command}\n".encode())
-        finally:  # even if nobody reads it
+        finally:  # even if stderr is closed
             os._exit(128 + number)  # safe at any moment: files are replaced atomically
 
 
@@ -212,7 +214,7 @@ if __name__ == "__main__":
     if not any(word.startswith("--run-name") for word in command):
         command += ["--run-name", command_line_settings.run_name]
     stop_request.watch(shlex.join(command))
-    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib would fail with an unknown one
+    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails with an unknown one
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # four times faster on one small image
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -313,8 +315,9 @@ def build_autoencoder(
 
     The autoencoder maps (batch, *image_shape) float32 in [0, 1] to the same shape in (-1, 1), and
     consists of two models, "encoder" and "decoder". Each convolution halves height and width,
-    rounding up; `latent_dim` adds a fully connected layer. Raises SettingsError if `depth` exceeds
-    FILTERS.
+    rounding up; `latent_dim` adds a fully connected layer. The pairs for a depth of 2: images and
+    output; the outputs of conv1 and deconv1; the output of conv2 and the decoder's input. Raises
+    SettingsError if `depth` exceeds FILTERS.
     """
     if depth > len(FILTERS):
         raise SettingsError(f"depth {depth} exceeds the {len(FILTERS)} FILTERS")
@@ -390,7 +393,7 @@ class Phase(NamedTuple):
 
 
 def mirror(kernel):
-    """Return a kernel as the mirrored layer has it: transposed if that is fully connected.
+    """Return a kernel in the layout of the mirrored layer: transposed if fully connected.
 
     A transposed convolution stores (height, width, output, input): already its mirror's shape.
     """
@@ -406,8 +409,8 @@ def pair_kernels(variables):
 
 def copy_kernels(variables, pairs):
     """Give the decoder's kernels the values of the encoder's."""
-    for encoder, decoder in pairs:
-        variables[decoder].assign(mirror(variables[encoder].value))
+    for encoder_index, decoder_index in pairs:
+        variables[decoder_index].assign(mirror(variables[encoder_index].value))
 
 
 def plan_phases(autoencoder, tensor_pairs, settings):
@@ -418,7 +421,7 @@ def plan_phases(autoencoder, tensor_pairs, settings):
     """
     image_input, _ = tensor_pairs[0]
 
-    def make_phase(name, target, model, loss, steps, noise):
+    def make_phase(name, frozen_output, model, loss, steps, noise):
         rate = settings.learning_rate
         if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
             rate = keras.optimizers.schedules.CosineDecay(rate, steps)
@@ -428,19 +431,20 @@ def plan_phases(autoencoder, tensor_pairs, settings):
         optimizer.build(weights)
         tied_kernels = pair_kernels(weights) if settings.tied else []
         copy_kernels(weights, tied_kernels)
-        frozen = keras.Model(image_input, target)
+        frozen = keras.Model(image_input, frozen_output)
         return Phase(name, frozen, model, loss, steps, noise, tied_kernels, optimizer)
 
     phases = []
     if settings.pretrain_steps:
         for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
+            # One layer of the encoder, and its mirror.
             encode = keras.Model(outer, inner)
             decode = keras.Model(inner_restored, outer_restored)
             phase = make_phase(
                 name=f"pretrain/{encode.layers[-1].name}",
-                target=outer,
+                frozen_output=outer,
                 model=keras.Sequential([encode, decode]),
-                # Hidden activations are not images: squared error, whatever the objective.
+                # Most targets are activations: squared error, whatever the objective for images.
                 loss=squared_error_per_pixel,
                 steps=settings.pretrain_steps,
                 noise=0,
@@ -448,7 +452,7 @@ def plan_phases(autoencoder, tensor_pairs, settings):
             phases.append(phase)
     phase = make_phase(
         name="train",
-        target=image_input,
+        frozen_output=image_input,
         model=autoencoder,
         loss=reconstruction_loss,
         steps=settings.steps,
@@ -490,12 +494,12 @@ def update_weights(phase, inputs, targets, replicas):
     with tf.GradientTape() as tape:
         loss = phase.loss(targets, phase.model(inputs, training=True)) / replicas
     gradients = tape.gradient(loss, [variable.value for variable in variables])
-    for encoder, decoder in phase.tied_kernels:
+    for encoder_index, decoder_index in phase.tied_kernels:
         # Both kernels get the sum of their gradients, as a single one would. Equal kernels with
         # equal gradients have equal moments, and so stay equal.
-        total = gradients[encoder] + mirror(gradients[decoder])
-        gradients[encoder] = total
-        gradients[decoder] = mirror(total)
+        total = gradients[encoder_index] + mirror(gradients[decoder_index])
+        gradients[encoder_index] = total
+        gradients[decoder_index] = mirror(total)
     phase.optimizer.apply(gradients, variables)  # sums the gradients of all replicas
     return loss
 
@@ -518,7 +522,7 @@ def make_train_steps(phase, images, settings, writer):
             batch = tf.gather(images, indices[rows])
         inputs = targets = phase.frozen(tf.cast(batch, tf.float32) / 255, training=False)
         if phase.noise:
-            # Of the whole batch, so that it does not depend on the number of replicas.
+            # For the whole batch, so that it does not depend on the number of replicas.
             shape = (settings.batch_size, *images.shape[1:])
             noise = draw_noise(shape, phase.noise, settings.seed, step)[rows]
             inputs = tf.clip_by_value(targets + noise, 0, 1)
@@ -531,7 +535,8 @@ def make_train_steps(phase, images, settings, writer):
             # differently: tied kernels would drift apart.
             copy_kernels(phase.model.trainable_variables, phase.tied_kernels)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
-            # Pretraining has a chart of its own, since its steps also start at 0.
+            # "train" and "preview" share a tag, and so a chart. Pretraining has another one, since
+            # its steps also start at 0.
             tag = "loss" if phase.name == "train" else "loss/pretraining"
             tf.summary.scalar(tag, loss, step)
         return loss
@@ -697,7 +702,7 @@ def read_tfds(name, data_dir):
         for split in splits:
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
-                labels = batch.get("label", repeat(""))  # without end
+                labels = batch.get("label", repeat(""))  # an endless supply
                 for image, label in zip(batch["image"], labels, strict=False):
                     yield image, split == test_split, to_name(label), ""
     except tf.errors.OpError as error:
@@ -741,7 +746,7 @@ def read_images(settings):
     """Return all images, (n, height, width, channels) uint8, and (is_test, label, file) of each."""
     images = []
     details = []
-    # Of all images, before resizing:
+    # The range and the types of all images, before resizing:
     low = np.inf
     high = -np.inf
     dtypes = set()
@@ -763,7 +768,7 @@ def read_images(settings):
     images = to_eight_bits(np.stack(images), low, high)
     if (images == images[..., :1]).all():  # grey, even if saved as RGB
         images = images[..., :1]
-    return np.ascontiguousarray(images), details  # checksums need that
+    return np.ascontiguousarray(images), details  # as checksums need them
 
 
 def load_data(settings: Settings) -> Data:
@@ -851,7 +856,7 @@ def is_chief():
 
 
 def write_atomically(path, save):
-    """Have `save` write a temporary file, then rename it to `path`; do nothing in other workers.
+    """Have `save` write a temporary file, then rename it to `path`, if this is the chief.
 
     Raises RunError.
     """
@@ -917,9 +922,8 @@ def draw_animation(paths, path):
 def draw_summary(losses, previews, path):
     """Plot the losses of each phase, averaged over 1% of its steps, and the preview losses."""
     axes = Figure(figsize=(9, 5)).subplots()
-    start = len(losses["train"]) - sum(
-        map(len, losses.values())
-    )  # pretraining has the negative steps
+    pretraining_steps = sum(map(len, losses.values())) - len(losses["train"])
+    start = -pretraining_steps  # so that "train" starts at 0
     for name, values in losses.items():
         parts = np.array_split(values, min(len(values), 100))
         ends = start + np.cumsum([len(part) for part in parts])
@@ -940,8 +944,8 @@ def draw_summary(losses, previews, path):
 class Run:
     """A run: its folders, the state that checkpoints hold, and what it writes.
 
-    Curves, pictures and "step" lines count the steps of a phase; checkpoints, the bar and other
-    messages those of all phases.
+    Curves, pictures and "step" lines count the steps of a phase. Checkpoints, the progress bar and
+    other messages count the steps of all phases.
     """
 
     def __init__(self, settings, config, data, autoencoder, phases):
@@ -984,7 +988,7 @@ class Run:
                     self.losses = {name: arrays[name] for name in self.losses}
                     previews = arrays["previews"]
                     self.preview_losses = {int(step): loss for step, loss in previews}
-                if path != self.checkpoint_path():  # renamed
+                if path != self.checkpoint_path():  # of the losses just loaded: a renamed file
                     raise ValueError(f"it holds step {self.steps_done()}")
                 return
             except Exception as error:  # NumPy raises many errors for damaged files
@@ -1017,7 +1021,7 @@ class Run:
     def save(self):
         """Write a checkpoint, and keep only the last three.
 
-        The events of its steps are already on disk, so a resumed run lacks no point.
+        The events of its steps are already on disk, so the curves of a resumed run have no gaps.
         """
         arrays = {path: variable.numpy() for path, variable in self.variables.items()}
         for array in arrays.values():
@@ -1073,7 +1077,8 @@ class Run:
 
 # These may differ when a run resumes: the data have checksums, so "dataset" is only a name.
 IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
-# These may differ too, with a warning: the script may change anything, the others the last digits.
+# These may differ with a warning. Another script may change anything; the others change only the
+# last digits.
 WARNED = {
     "checksum of the script",
     "tensorflow",
@@ -1118,8 +1123,7 @@ def find_differences(before, now, ignored):
 def check_config(path, config):
     """Raise SettingsError if a run was started with a different config.
 
-    More steps are allowed at a constant learning rate. Differences that change only the last digits
-    are printed.
+    More steps are allowed at a constant learning rate. Differences in WARNED are printed.
     """
     try:
         before = dict(json.loads(path.read_bytes()))
@@ -1215,7 +1219,7 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    if stop_request.resume_command:  # if watch() was called
+    if stop_request.watching:
         # TensorFlow has replaced Python's own handler, in C: install it again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
@@ -1306,11 +1310,11 @@ def fit_phase(phase, images, run, bar):
     values_per_step = settings.batch_size * math.prod(images.shape[1:])
     steps_per_call = max(1, min(50, 2_000_000 // values_per_step))
     intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
-    step = len(run.losses[phase.name])
+    step = len(run.losses[phase.name])  # to resume from
     while step < phase.steps:
         if step % settings.sample_every == 0:
             report_and_preview(phase, run, bar)
-        # Stop at the nearest multiple of any interval, or at the last step.
+        # Run to the next multiple of any interval, or to the last step.
         next_multiples = [(step // interval + 1) * interval for interval in intervals]
         stop = min(phase.steps, *next_multiples)
         losses = train_steps(step, stop).numpy()
@@ -1399,7 +1403,8 @@ def train(settings: Settings) -> dict[str, Any]:
         with make_strategy(settings).scope():
             run = prepare(settings)
             with open_and_restore(run):
-                # Workers that do not share --log-dir would resume from different steps.
+                # Workers that do not share --log-dir would resume from different steps. The key is
+                # the subject of the error's message.
                 compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
                 total = sum(phase.steps for phase in run.phases)
                 print_overview(run, total)
@@ -1441,7 +1446,7 @@ def main(settings: Settings) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     status = main(command_line_settings)
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # stdout may be closed
         sys.stdout.flush()
     if "TF_CONFIG" in os.environ:
         sys.exit(status)  # workers disconnect from one another
