@@ -62,8 +62,8 @@ class RunError(Exception):
 def default_initializer(values: dict[str, Any]) -> str:
     """Return "article" for the article's own model on MNIST, else "glorot".
 
-    With the article's standard deviation of 0.02, the colours of other pictures are learned very
-    late.
+    With the article's standard deviation of 0.02, a model learns the colours of other pictures very
+    late. `values` are the settings declared above this one.
     """
     name = re.split("[.:]", Path(values["dataset"]).name)[0]  # "mnist" of mnist.npz or mnist:3.0.1
     is_mnist = name in ("mnist", "mnist_5k")
@@ -264,7 +264,7 @@ def make_initializer(name):
 
 
 def build_encoder(image_shape, depth, latent_dim, initializer):
-    """Return the encoder's input and the output of each of its layers."""
+    """Return the encoder's input, at [0], and the outputs of its convolutions and of the latent."""
     encoded = [keras.Input(image_shape)]
     for number, filters in enumerate(FILTERS[:depth], start=1):
         layer = layers.Conv2D(
@@ -341,7 +341,8 @@ def squared_error_per_pixel(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor
 def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """Return the loss to minimize, a scalar. For another objective, change this function.
 
-    Both arguments are (batch, height, width, channels) float32.
+    Both arguments are (batch, height, width, channels) float32. It must be a mean over the images,
+    since those of several devices, and of batches of test images, are averaged.
     """
     return squared_error_per_pixel(images, outputs)
 
@@ -428,7 +429,7 @@ def plan_phases(autoencoder, tensor_pairs, settings):
         # The article's epsilon is TensorFlow 1's default; Keras's is 1e-7. Names must not have "/".
         optimizer = FusedAdam(rate, epsilon=1e-8, name=name.replace("/", "_"))
         weights = model.trainable_variables
-        optimizer.build(weights)
+        optimizer.build(weights)  # makes the moments now: checkpoints hold those of every phase
         tied_kernels = pair_kernels(weights) if settings.tied else []
         copy_kernels(weights, tied_kernels)
         frozen = keras.Model(image_input, frozen_output)
@@ -468,8 +469,8 @@ def plan_phases(autoencoder, tensor_pairs, settings):
 def batch_indices(step, batch_size, count, seed):
     """Return the indices, among `count` images, of the batch of a step: (batch_size,) int64.
 
-    Each image occurs once per epoch, and each epoch is reshuffled. The batch depends on the step
-    alone, unlike that of a stateful data pipeline: this is what makes resuming exact.
+    Each image occurs once per epoch, and each epoch is shuffled anew. The batch depends only on the
+    seed and the step, unlike that of a stateful data pipeline: this is what makes resuming exact.
     """
     position = step * batch_size + tf.range(batch_size, dtype=tf.int64)
     epoch = position // count
@@ -1022,6 +1023,7 @@ class Run:
         """Write a checkpoint, and keep only the last three.
 
         The events of its steps are already on disk, so the curves of a resumed run have no gaps.
+        After kill -9, later ones are written again, with equal values.
         """
         arrays = {path: variable.numpy() for path, variable in self.variables.items()}
         for array in arrays.values():
@@ -1310,7 +1312,7 @@ def fit_phase(phase, images, run, bar):
     values_per_step = settings.batch_size * math.prod(images.shape[1:])
     steps_per_call = max(1, min(50, 2_000_000 // values_per_step))
     intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
-    step = len(run.losses[phase.name])  # to resume from
+    step = len(run.losses[phase.name])  # restored, if the run resumes
     while step < phase.steps:
         if step % settings.sample_every == 0:
             report_and_preview(phase, run, bar)
@@ -1345,15 +1347,15 @@ def fit(run, bar):
 
 def prepare(settings):
     """Return the run of these settings."""
-    keras.utils.set_random_seed(settings.seed)
     data = load_data(settings)
     config = make_config(settings, data)
     compare_workers(config)  # before the model: workers that build different ones hang
+    keras.utils.set_random_seed(settings.seed)  # of the initial weights
     autoencoder, tensor_pairs = build_autoencoder(
         data.train.shape[1:], settings.depth, settings.latent_dim, settings.initializer
     )
     phases = plan_phases(autoencoder, tensor_pairs, settings)
-    # FILTERS are no setting: the shapes show whether they have been edited.
+    # FILTERS is not a setting: the shapes show whether they have been edited.
     config |= {variable.path: list(variable.shape) for variable in autoencoder.variables}
     return Run(settings, config, data, autoencoder, phases)
 
