@@ -759,10 +759,12 @@ def read_images(settings):
             image = resize(image, settings.image_size)
         images.append(image)
         details.append(rest)
-        if image.shape != images[0].shape or len(dtypes) > 1:
+        if len(dtypes) > 1:
+            raise SettingsError(f"images are {' and '.join(map(str, dtypes))}: convert them to one")
+        if image.shape != images[0].shape:
             raise SettingsError(
-                f"images have shapes {images[0].shape} and {image.shape}, types"
-                f" {', '.join(map(str, dtypes))}: add --image-size, such as 64, or convert them"
+                f"images have shapes {images[0].shape} and {image.shape}: add --image-size, such"
+                " as 64"
             )
     if not images or images[0].shape[2] not in (1, 3):
         raise SettingsError(f"{settings.dataset} must contain images with 1 or 3 channels")
