@@ -489,6 +489,11 @@ def draw_noise(shape, stddev, seed, step):
     return tf.random.stateless_normal(shape, [seed, step], stddev=stddev)
 
 
+def add_noise(images, noise):
+    """Return images in [0, 1] with noise added, clipped to that range."""
+    return tf.clip_by_value(images + noise, 0, 1)
+
+
 def update_weights(phase, inputs, targets, replicas):
     """Update the weights with one replica's share of a batch; return its share of the loss."""
     variables = phase.model.trainable_variables
@@ -526,7 +531,7 @@ def make_train_steps(phase, images, settings, writer):
             # For the whole batch, so that it does not depend on the number of replicas.
             shape = (settings.batch_size, *images.shape[1:])
             noise = draw_noise(shape, phase.noise, settings.seed, step)[rows]
-            inputs = tf.clip_by_value(targets + noise, 0, 1)
+            inputs = add_noise(targets, noise)
         return update_weights(phase, inputs, targets, replicas)
 
     def train_step(step):
@@ -817,7 +822,7 @@ def make_evaluate(autoencoder, seed):
         targets = tf.cast(images, tf.float32) / 255
         # The same noise at every call; no training step uses it.
         noise = draw_noise(tf.shape(images), stddev, seed, step=-1)
-        inputs = tf.clip_by_value(targets + noise, 0, 1)
+        inputs = add_noise(targets, noise)
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
         loss = reconstruction_loss(targets, outputs)
@@ -961,7 +966,6 @@ class Run:
         self.sample_folder = settings.sample_dir / settings.run_name
         self.preview_images = choose_preview_images(data)
         self.evaluate = make_evaluate(autoencoder, settings.seed)
-        self.writers = {}
         variables = chain(autoencoder.variables, *(phase.optimizer.variables for phase in phases))
         self.variables = {variable.path: variable for variable in variables}
         # The losses of all steps so far: their number is the step to resume from.
@@ -1008,8 +1012,7 @@ class Run:
 
     def open_writers(self):
         """Open TensorBoard's event files, and write the model's graph."""
-        for name in [*self.losses, "preview"]:
-            self.writers[name] = self.open_writer(name)
+        self.writers = {name: self.open_writer(name) for name in [*self.losses, "preview"]}
         with self.writers["preview"].as_default():
             tf.summary.graph(self.evaluate.get_concrete_function().graph)
 
