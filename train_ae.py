@@ -13,7 +13,7 @@ Python".
 To resume a run that ended for any reason, even kill -9, repeat its command with --run-name and the
 name of its folder in logs. The results are the same as without the interruption.
 
-Sections: settings, stop signals, model, objective, optimizer, phases, training step, data, metrics,
+Sections: settings, model, objective, optimizer, phases, tied kernels, training step, data, metrics,
 files and pictures, the run, resuming, devices, training. Functions are defined before they are
 used: to read from the top down, start with train(), near the end.
 """
@@ -24,9 +24,7 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -36,8 +34,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -70,16 +68,9 @@ def default_initializer(values: dict[str, Any]) -> str:
     return "article" if is_mnist and values["latent_dim"] == 0 else "glorot"
 
 
-def to_folder(folder: str | Path) -> Path:
-    """Return the path of a folder. Raises ValueError for a URL, which Path would take as a path."""
-    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
-        raise ValueError("must be a local folder, not a URL")
-    return Path(folder).expanduser()
-
-
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Folder = Annotated[Path, BeforeValidator(to_folder)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseModel):
@@ -104,10 +95,10 @@ class Settings(BaseModel):
     tied: bool = False
     """give each layer of the decoder the kernel of its mirrored layer in the encoder"""
     pretrain_steps: CountOrZero = 0
-    """steps of layer-wise pretraining for each pair of mirrored layers, without noise"""
+    """steps of layer-wise pretraining for each pair of mirrored layers"""
     noise: NonNegativeFloat = 0
     """denoising: standard deviation of Gaussian noise added to the inputs, which are in [0, 1]"""
-    dataset: Annotated[str, BeforeValidator(str)] = Field(default="mnist_5k", min_length=1)
+    dataset: str = Field(default="mnist_5k", min_length=1)
     """mnist_5k (bundled digits), a folder of pictures, a .npz or .npy file, or a TFDS dataset"""
     image_size: CountOrZero = 0
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
@@ -162,58 +153,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"--{name.replace('_', '-')} {values[name]}: {problem['msg']} ({meaning})")
 
 
-# --------------------------------------------------------------------------------------------------
-# Stop signals: Ctrl-C and SIGTERM can come at any moment, and more than once.
-
-
-class StopRequest:
-    """Whether a signal has asked this process to stop, and how the process then ends."""
-
-    received = 0  # the number of the first signal
-    watching = False
-    deferred = False  # True while fit() runs, which saves before it ends the process
-    resume_command = ""
-    ending = threading.Lock()
-
-    def watch(self, resume_command: str) -> None:
-        """Let the first SIGINT or SIGTERM end the process; ignore later ones."""
-        self.watching = True
-        self.resume_command = resume_command
-        # A handler in Python has to wait until TensorFlow returns to the main thread. But Python
-        # writes the signal's number to a socket at once, and a thread reads it. The handlers only
-        # keep the signal from killing the process.
-        self.receiver, self.sender = socket.socketpair()
-        self.sender.setblocking(False)
-        signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        threading.Thread(target=self.wait, daemon=True).start()
-
-    def wait(self) -> None:
-        """Wait for the first signal; end the process, unless fit() is running and will do so."""
-        self.received = self.receiver.recv(1)[0]
-        if not self.deferred:
-            self.end_process(self.received)
-
-    def end_process(self, number: int) -> None:
-        """Print the command that resumes the run; end the process with the status of a signal."""
-        self.ending.acquire()  # never released: the first thread to get here ends the process
-        try:
-            os.write(2, f"train_ae.py: stopped; to resume: {self.resume_command}\n".encode())
-        finally:  # even if stderr is closed
-            os._exit(128 + number)  # safe at any moment: files are replaced atomically
-
-
-stop_request = StopRequest()
-
 if __name__ == "__main__":
-    # This precedes the imports below, which take seconds: help, errors and stop signals need not
-    # wait for them.
+    # Help and errors need not wait for the imports below, which take seconds.
     command_line_settings = parse_arguments()
-    command = ["python", *sys.argv]
-    if not any(word.startswith("--run-name") for word in command):
-        command += ["--run-name", command_line_settings.run_name]
-    stop_request.watch(shlex.join(command))
     os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails with an unknown one
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # four times faster on one small image
@@ -225,6 +167,8 @@ import contextlib
 import io
 import json
 import math
+import socket
+import threading
 import time
 import zlib
 from itertools import chain, pairwise, repeat
@@ -256,45 +200,45 @@ CONVOLUTION = {  # shared by all convolutions and transposed convolutions
 }
 
 
-def make_initializer(name):
+def make_initializer(settings):
     """Return a new initializer: layers that shared one would start with equal weights."""
-    if name == "article":
+    if settings.initializer == "article":
         return keras.initializers.TruncatedNormal(stddev=0.02)
     return keras.initializers.GlorotUniform()  # Glorot & Bengio 2010
 
 
-def build_encoder(image_shape, depth, latent_dim, initializer):
-    """Return the encoder's input, at [0], and the outputs of its convolutions and of the latent."""
+def build_encoder(image_shape, settings):
+    """Return the encoder's input, at [0], and the output of each of its layers."""
     encoded = [keras.Input(image_shape)]
-    for number, filters in enumerate(FILTERS[:depth], start=1):
+    for number, filters in enumerate(FILTERS[: settings.depth], start=1):
         layer = layers.Conv2D(
-            filters=filters,
-            kernel_initializer=make_initializer(initializer),
+            filters,
+            kernel_initializer=make_initializer(settings),
             name=f"conv{number}",
             **CONVOLUTION,
         )
         encoded.append(layer(encoded[-1]))
-    if latent_dim:
+    if settings.latent_dim:
         flat = layers.Flatten()(encoded[-1])
         # Not in the article: this layer and its mirror keep Keras's default initializer, Glorot's.
-        encoded.append(layers.Dense(latent_dim, name="latent")(flat))
+        encoded.append(layers.Dense(settings.latent_dim, name="latent")(flat))
     return encoded
 
 
-def build_decoder(encoded, depth, latent_dim, initializer):
+def build_decoder(encoded, settings):
     """Return the decoder's input and the output of each layer, shaped like `encoded` reversed."""
     restored = [keras.Input(encoded[-1].shape[1:])]
-    if latent_dim:
-        shape = encoded[depth].shape[1:]
-        expand = layers.Dense(int(np.prod(shape)), activation="leaky_relu", name="expand")
+    if settings.latent_dim:
+        shape = encoded[-2].shape[1:]
+        expand = layers.Dense(math.prod(shape), activation="leaky_relu", name="expand")
         restored.append(layers.Reshape(shape)(expand(restored[-1])))
-    for number, target in enumerate(reversed(encoded[:depth]), start=1):
+    for number, target in enumerate(reversed(encoded[: settings.depth]), start=1):
         _, height, width, channels = target.shape  # to restore
         layer = layers.Conv2DTranspose(
-            filters=channels,
+            channels,
             # 2n and 2n - 1 both halve to n: the padding tells which one to restore.
             output_padding=(1 - height % 2, 1 - width % 2),
-            kernel_initializer=make_initializer(initializer),
+            kernel_initializer=make_initializer(settings),
             name=f"deconv{number}",
             **CONVOLUTION,
         )
@@ -305,24 +249,18 @@ def build_decoder(encoded, depth, latent_dim, initializer):
 
 
 def build_autoencoder(
-    image_shape: Sequence[int],
-    depth: int = len(FILTERS),
-    latent_dim: int = 0,
-    initializer: str = "article",
-) -> tuple[keras.Model, list]:
+    image_shape: Sequence[int], settings: Settings
+) -> tuple[keras.Model, list[tuple]]:
     """Return the autoencoder and, from the images inward, pairs of tensors: one of the encoder, and
     the one of the decoder that is to reconstruct it.
 
     The autoencoder maps (batch, *image_shape) float32 in [0, 1] to the same shape in (-1, 1), and
     consists of two models, "encoder" and "decoder". Each convolution halves height and width,
     rounding up; `latent_dim` adds a fully connected layer. The pairs for a depth of 2: images and
-    output; the outputs of conv1 and deconv1; the output of conv2 and the decoder's input. Raises
-    SettingsError if `depth` exceeds FILTERS.
+    output; the outputs of conv1 and deconv1; the output of conv2 and the decoder's input.
     """
-    if depth > len(FILTERS):
-        raise SettingsError(f"depth {depth} exceeds the {len(FILTERS)} FILTERS")
-    encoded = build_encoder(image_shape, depth, latent_dim, initializer)
-    restored = build_decoder(encoded, depth, latent_dim, initializer)
+    encoded = build_encoder(image_shape, settings)
+    restored = build_decoder(encoded, settings)
     encoder = keras.Model(encoded[0], encoded[-1], name="encoder")
     decoder = keras.Model(restored[0], restored[-1], name="decoder")
     autoencoder = keras.Sequential([encoded[0], encoder, decoder], name="autoencoder")
@@ -388,9 +326,55 @@ class Phase(NamedTuple):
     model: keras.Model
     loss: Callable  # of targets and outputs
     steps: int
-    noise: float  # standard deviation; 0 in pretraining
-    tied_kernels: list  # pairs of indices among the weights: encoder, decoder; empty if not tied
     optimizer: keras.optimizers.Optimizer
+
+
+def make_optimizer(model, steps, settings):
+    """Return the optimizer of a phase."""
+    rate = settings.learning_rate
+    if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+    optimizer = FusedAdam(rate, epsilon=1e-8)  # TensorFlow 1's, as in the article; Keras's is 1e-7
+    optimizer.build(model.trainable_variables)  # makes the moments now, for checkpoints to hold
+    return optimizer
+
+
+def plan_phases(autoencoder, tensor_pairs, settings):
+    """Return the phases of a run: pretraining, if any, and training.
+
+    In pretraining, a layer of the encoder and the mirrored one of the decoder learn to reconstruct
+    the output of the frozen layers before them.
+    """
+    images, _ = tensor_pairs[0]
+    phases = []
+    if settings.pretrain_steps:
+        for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
+            encode = keras.Model(outer, inner)  # one layer of the encoder
+            decode = keras.Model(inner_restored, outer_restored)  # and its mirror
+            model = keras.Sequential([encode, decode])
+            phase = Phase(
+                name=f"pretrain/{encode.layers[-1].name}",
+                frozen=keras.Model(images, outer),
+                model=model,
+                # Most targets are activations: squared error, whatever the objective for images.
+                loss=squared_error_per_pixel,
+                steps=settings.pretrain_steps,
+                optimizer=make_optimizer(model, settings.pretrain_steps, settings),
+            )
+            phases.append(phase)
+    phase = Phase(
+        name="train",
+        frozen=keras.Model(images, images),
+        model=autoencoder,
+        loss=reconstruction_loss,
+        steps=settings.steps,
+        optimizer=make_optimizer(autoencoder, settings.steps, settings),
+    )
+    return [*phases, phase]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tied kernels: the decoder's equal the encoder's in the layout of the mirrored layer
 
 
 def mirror(kernel):
@@ -408,58 +392,21 @@ def pair_kernels(variables):
     return list(zip(kernels[:half], reversed(kernels[half:]), strict=True))
 
 
-def copy_kernels(variables, pairs):
+def tie_kernels(variables):
     """Give the decoder's kernels the values of the encoder's."""
-    for encoder_index, decoder_index in pairs:
+    for encoder_index, decoder_index in pair_kernels(variables):
         variables[decoder_index].assign(mirror(variables[encoder_index].value))
 
 
-def plan_phases(autoencoder, tensor_pairs, settings):
-    """Return the phases of a run.
+def sum_tied_gradients(gradients, variables):
+    """Give both kernels of each pair the sum of their gradients, as a single one would have.
 
-    In pretraining, a layer of the encoder and the mirrored one of the decoder learn to reconstruct
-    the output of the frozen layers before them.
+    Equal kernels with equal gradients have equal moments, and so stay equal.
     """
-    image_input, _ = tensor_pairs[0]
-
-    def make_phase(name, frozen_output, model, loss, steps, noise):
-        rate = settings.learning_rate
-        if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
-            rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-        # The article's epsilon is TensorFlow 1's default; Keras's is 1e-7. Names must not have "/".
-        optimizer = FusedAdam(rate, epsilon=1e-8, name=name.replace("/", "_"))
-        weights = model.trainable_variables
-        optimizer.build(weights)  # makes the moments now: checkpoints hold those of every phase
-        tied_kernels = pair_kernels(weights) if settings.tied else []
-        copy_kernels(weights, tied_kernels)
-        frozen = keras.Model(image_input, frozen_output)
-        return Phase(name, frozen, model, loss, steps, noise, tied_kernels, optimizer)
-
-    phases = []
-    if settings.pretrain_steps:
-        for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
-            # One layer of the encoder, and its mirror.
-            encode = keras.Model(outer, inner)
-            decode = keras.Model(inner_restored, outer_restored)
-            phase = make_phase(
-                name=f"pretrain/{encode.layers[-1].name}",
-                frozen_output=outer,
-                model=keras.Sequential([encode, decode]),
-                # Most targets are activations: squared error, whatever the objective for images.
-                loss=squared_error_per_pixel,
-                steps=settings.pretrain_steps,
-                noise=0,
-            )
-            phases.append(phase)
-    phase = make_phase(
-        name="train",
-        frozen_output=image_input,
-        model=autoencoder,
-        loss=reconstruction_loss,
-        steps=settings.steps,
-        noise=settings.noise,
-    )
-    return [*phases, phase]
+    for encoder_index, decoder_index in pair_kernels(variables):
+        total = gradients[encoder_index] + mirror(gradients[decoder_index])
+        gradients[encoder_index] = total
+        gradients[decoder_index] = mirror(total)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -484,28 +431,25 @@ def batch_indices(step, batch_size, count, seed):
     )
 
 
-def draw_noise(shape, stddev, seed, step):
-    """Return Gaussian noise, a pure function of the arguments."""
-    return tf.random.stateless_normal(shape, [seed, step], stddev=stddev)
+def to_float(images):
+    """Return uint8 images as float32 in [0, 1]."""
+    return tf.cast(images, tf.float32) / 255
 
 
-def add_noise(images, noise):
-    """Return images in [0, 1] with noise added, clipped to that range."""
+def add_noise(images, stddev, seed, step):
+    """Return images in [0, 1] with Gaussian noise, a pure function of the arguments, clipped."""
+    noise = tf.random.stateless_normal(tf.shape(images), [seed, step], stddev=stddev)
     return tf.clip_by_value(images + noise, 0, 1)
 
 
-def update_weights(phase, inputs, targets, replicas):
+def update_weights(phase, inputs, targets, settings, replicas):
     """Update the weights with one replica's share of a batch; return its share of the loss."""
     variables = phase.model.trainable_variables
     with tf.GradientTape() as tape:
         loss = phase.loss(targets, phase.model(inputs, training=True)) / replicas
     gradients = tape.gradient(loss, [variable.value for variable in variables])
-    for encoder_index, decoder_index in phase.tied_kernels:
-        # Both kernels get the sum of their gradients, as a single one would. Equal kernels with
-        # equal gradients have equal moments, and so stay equal.
-        total = gradients[encoder_index] + mirror(gradients[decoder_index])
-        gradients[encoder_index] = total
-        gradients[decoder_index] = mirror(total)
+    if settings.tied:
+        sum_tied_gradients(gradients, variables)
     phase.optimizer.apply(gradients, variables)  # sums the gradients of all replicas
     return loss
 
@@ -522,24 +466,23 @@ def make_train_steps(phase, images, settings, writer):
 
     def replica_step(step):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        rows = slice(replica, None, replicas)  # this replica's share of a batch
+        share = slice(replica, None, replicas)  # the rows of a batch that this replica takes
         with tf.device("CPU:0"):  # the training set stays there: only a share goes to a GPU
             indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
-            batch = tf.gather(images, indices[rows])
-        inputs = targets = phase.frozen(tf.cast(batch, tf.float32) / 255, training=False)
-        if phase.noise:
-            # For the whole batch, so that it does not depend on the number of replicas.
-            shape = (settings.batch_size, *images.shape[1:])
-            noise = draw_noise(shape, phase.noise, settings.seed, step)[rows]
-            inputs = add_noise(targets, noise)
-        return update_weights(phase, inputs, targets, replicas)
+            batch = to_float(tf.gather(images, indices))
+            # Noise is for the whole batch, so that it does not depend on the number of replicas.
+            noisy = add_noise(batch, settings.noise, settings.seed, step)[share]
+            batch = batch[share]
+        targets = phase.frozen(batch, training=False)
+        inputs = phase.frozen(noisy, training=False) if settings.noise else targets
+        return update_weights(phase, inputs, targets, settings, replicas)
 
     def train_step(step):
         loss = strategy.reduce("SUM", strategy.run(replica_step, [step]), axis=None)
-        if replicas > 2:
+        if settings.tied and replicas > 2:
             # Three or more gradients may be summed in another order for each kernel, and rounded
             # differently: tied kernels would drift apart.
-            copy_kernels(phase.model.trainable_variables, phase.tied_kernels)
+            tie_kernels(phase.model.trainable_variables)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
             # "train" and "preview" share a tag, and so a chart. Pretraining has another one, since
             # its steps also start at 0.
@@ -621,25 +564,24 @@ def read_folder(folder, settings):
     written = [settings.log_dir, settings.sample_dir]
     written += [path / settings.run_name for path in written]
     excluded = {path.resolve() for path in written}
-    splits = [(folder, False)]  # each with whether its images are for the test
     test_split = find_test_split([path.name for path in folder.iterdir() if path.is_dir()])
+    splits = ["."]
     if test_split:
-        splits = [(folder / "train", False), (folder / test_split, True)]
-        used = ("train", test_split)
-        others = sorted(path.name for path in folder.iterdir() if path.name not in used)
-        print(f"splits   train and {test_split}; not used: {', '.join(others) or 'nothing'}")
+        splits = ["train", test_split]
+        unused = [path.name for path in sorted(folder.iterdir()) if path.name not in splits]
+        print(f"splits   train and {test_split}; not used: {', '.join(unused) or 'nothing'}")
     found = 0
     skipped = []
-    for split, is_test in splits:
-        for path in find_files(split, excluded):
+    for split in splits:
+        for path in find_files(folder / split, excluded):
             image = open_picture(path) if path.is_file() else None  # opening a pipe would block
             if image is None:
                 skipped.append(path)
                 continue
             found += 1
-            *folders, _ = path.relative_to(split).parts
+            *folders, _ = path.relative_to(folder / split).parts
             label = folders[0] if folders else ""
-            yield image, is_test, label, path.relative_to(folder).as_posix()
+            yield image, split == test_split, label, path.relative_to(folder).as_posix()
     if skipped:
         print(f"skipped  {len(skipped):,} files that Pillow cannot read, such as {skipped[0]}")
     if not found:
@@ -660,8 +602,7 @@ def read_arrays(path):
         images = np.asarray(arrays.get(f"x_{split}"))  # if missing, None, which is refused
         labels = arrays.get(f"y_{split}", np.full(images.shape[:1], "")).flatten()
         is_numeric = images.dtype.kind in "buif"
-        is_image = is_numeric and images.ndim in (3, 4) and 0 not in images.shape[1:]
-        if not is_image or len(labels) != len(images):
+        if not is_numeric or images.ndim not in (3, 4) or len(labels) != len(images):
             raise SettingsError(
                 f"{path} must have numbers as x_{split}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{split}, if any"
@@ -685,35 +626,26 @@ def read_tfds(name, data_dir):
         raise SettingsError(
             f"{name!r} is not a folder, a .npz or .npy file, or a TFDS image dataset: {error}"
         ) from error
-    if not builder.is_prepared():
-        try:
-            # Without a network, TFDS itself would try for minutes.
-            requests.head("https://storage.googleapis.com", timeout=3)
-            builder.download_and_prepare()
-        except Exception as error:  # whatever broke the download
-            raise RunError(
-                f"{name} is not in {builder.data_dir}, and cannot be downloaded: see README.md"
-                f" about offline use ({error})"
-            ) from error
-    available = builder.info.splits
-    if "train" not in available:
-        raise SettingsError(f"--dataset {name} has no 'train' split, only {', '.join(available)}")
     to_name = getattr(features.get("label"), "int2str", str)  # str for labels without names
     wanted = {key: True for key in ("image", "label") if key in features}
     decoders = tfds.decode.PartialDecoding(wanted)
     batch_size = 1000 if is_one_size else 1  # batches are three times faster
-    test_split = find_test_split(available)
-    splits = ["train", test_split] if test_split else ["train"]
     try:
-        for split in splits:
+        if not builder.is_prepared():
+            # Without a network, TFDS itself would try for minutes.
+            requests.head("https://storage.googleapis.com", timeout=3)
+            builder.download_and_prepare()
+        test_split = find_test_split(builder.info.splits)
+        for split in ["train", test_split] if test_split else ["train"]:
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
                 labels = batch.get("label", repeat(""))  # an endless supply
                 for image, label in zip(batch["image"], labels, strict=False):
                     yield image, split == test_split, to_name(label), ""
-    except tf.errors.OpError as error:
+    except Exception as error:  # TFDS and the network raise many others
         raise RunError(
-            f"{builder.data_dir} is damaged: download it again ({error.message})"
+            f"{name} in {builder.data_dir} cannot be read, or downloaded: see README.md about"
+            f" offline use ({error})"
         ) from error
 
 
@@ -755,22 +687,21 @@ def read_images(settings):
     # The range and the types of all images, before resizing:
     low = np.inf
     high = -np.inf
-    dtypes = set()
+    kinds = set()
     for image, *rest in tqdm(choose_reader(settings), "reading", delay=2, disable=None):
         low = np.minimum(low, image.min())  # Python's min() could lose NaN
         high = np.maximum(high, image.max())
-        dtypes.add(image.dtype)
+        dtype = image.dtype
         if settings.image_size:
             image = resize(image, settings.image_size)
+        kinds.add(f"{dtype} {image.shape}")
+        if len(kinds) > 1:
+            raise SettingsError(
+                f"images differ in type or shape: {', '.join(sorted(kinds))} (for one shape, add"
+                " --image-size, such as 64; for one type, convert them)"
+            )
         images.append(image)
         details.append(rest)
-        if len(dtypes) > 1:
-            raise SettingsError(f"images are {' and '.join(map(str, dtypes))}: convert them to one")
-        if image.shape != images[0].shape:
-            raise SettingsError(
-                f"images have shapes {images[0].shape} and {image.shape}: add --image-size, such"
-                " as 64"
-            )
     if not images or images[0].shape[2] not in (1, 3):
         raise SettingsError(f"{settings.dataset} must contain images with 1 or 3 channels")
     images = to_eight_bits(np.stack(images), low, high)
@@ -813,16 +744,13 @@ def make_evaluate(autoencoder, seed):
     """
     encoder = autoencoder.get_layer("encoder")
     decoder = autoencoder.get_layer("decoder")
-    shape = autoencoder.input_shape
-    _, height, width, _ = shape
-    signature = [tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.float32)]
+    _, height, width, _ = autoencoder.input_shape
+    specs = [tf.TensorSpec(autoencoder.input_shape, tf.uint8), tf.TensorSpec((), tf.float32)]
 
-    @tf.function(input_signature=signature, autograph=False)
+    @tf.function(input_signature=specs, autograph=False)
     def evaluate(images, stddev):
-        targets = tf.cast(images, tf.float32) / 255
-        # The same noise at every call; no training step uses it.
-        noise = draw_noise(tf.shape(images), stddev, seed, step=-1)
-        inputs = add_noise(targets, noise)
+        targets = to_float(images)
+        inputs = add_noise(targets, stddev, seed, step=-1)  # no training step has this noise
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
         loss = reconstruction_loss(targets, outputs)
@@ -840,7 +768,7 @@ def compute_metrics(evaluate, images, stddev=0):
     metrics = []
     # About 100,000 values at once: larger batches need more memory, and are not faster.
     batches = np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
-    for batch in batches:
+    for batch in tqdm(batches, "testing", delay=2, disable=None):
         _, _, batch_latents, batch_metrics = evaluate(batch, stddev)
         latents.append(batch_latents)
         metrics.append(batch_metrics)
@@ -852,8 +780,7 @@ def compute_metrics(evaluate, images, stddev=0):
 # Files and pictures
 
 
-MAX_WIDTH = 1400  # of pictures, in pixels
-GAP = 2  # between the images in them, in pixels
+GAP = 2  # between the images of a picture, in pixels
 TITLE_HEIGHT = 28  # in pixels
 BACKGROUND = 32  # of pictures: a grey that suits any page
 
@@ -884,20 +811,30 @@ def write_json(path, values):
     write_atomically(path, lambda part: part.write_text(json.dumps(values, indent=2)))
 
 
+def write_arrays(path, arrays):
+    """Write a dictionary of arrays as .npz."""
+    write_atomically(path, lambda part: np.savez(part, **arrays))
+
+
+def open_writer(folder):
+    """Return a writer of events, which flushes at the end of a `with` block, and only then."""
+    if not is_chief():
+        return tf.summary.create_noop_writer()
+    return tf.summary.create_file_writer(str(folder), max_queue=10**6, flush_millis=10**9)
+
+
 def choose_preview_images(data):
-    """Return up to ten test images: one of each class, then others."""
+    """Return up to ten test images: one of each class, then others; fewer if they are wide."""
     _, chosen = np.unique(data.labels, return_index=True)
     others = np.setdiff1d(np.arange(len(data.test)), chosen)
-    count = max(1, min(10, MAX_WIDTH // (data.test.shape[2] + GAP)))
+    count = max(1, min(10, 1400 // data.test.shape[2]))
     return data.test[np.concatenate([chosen, others])[:count]]
 
 
 def draw_grid(rows, title):
     """Return a picture of rows of images, each (n, height, width, channels) in [0, 1]."""
     pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
-    _, count, height, width, _ = pixels.shape
-    # Small images are enlarged to about 100 pixels.
-    zoom = max(1, min(100 // max(height, width), MAX_WIDTH // (count * (width + GAP))))
+    zoom = max(1, 100 // max(pixels.shape[2:4]))  # small images are enlarged to 100 pixels
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
@@ -956,20 +893,23 @@ class Run:
     other messages count the steps of all phases.
     """
 
-    def __init__(self, settings, config, data, autoencoder, phases):
+    def __init__(self, settings, data):
         self.settings = settings
-        self.config = config
         self.data = data
-        self.autoencoder = autoencoder
-        self.phases = phases
         self.log_folder = settings.log_dir / settings.run_name
         self.sample_folder = settings.sample_dir / settings.run_name
+        keras.utils.set_random_seed(settings.seed)  # of the initial weights
+        self.autoencoder, tensor_pairs = build_autoencoder(data.train.shape[1:], settings)
+        if settings.tied:
+            tie_kernels(self.autoencoder.trainable_variables)
+        self.phases = plan_phases(self.autoencoder, tensor_pairs, settings)
+        self.evaluate = make_evaluate(self.autoencoder, settings.seed)
         self.preview_images = choose_preview_images(data)
-        self.evaluate = make_evaluate(autoencoder, settings.seed)
-        variables = chain(autoencoder.variables, *(phase.optimizer.variables for phase in phases))
+        optimizers = [phase.optimizer for phase in self.phases]
+        variables = chain.from_iterable(part.variables for part in [self.autoencoder, *optimizers])
         self.variables = {variable.path: variable for variable in variables}
         # The losses of all steps so far: their number is the step to resume from.
-        self.losses = {phase.name: np.zeros(0, np.float32) for phase in phases}
+        self.losses = {phase.name: np.zeros(0, np.float32) for phase in self.phases}
         self.preview_losses = {}  # by step
 
     def steps_done(self):
@@ -995,25 +935,17 @@ class Run:
                     self.losses = {name: arrays[name] for name in self.losses}
                     previews = arrays["previews"]
                     self.preview_losses = {int(step): loss for step, loss in previews}
-                if path != self.checkpoint_path():  # of the losses just loaded: a renamed file
-                    raise ValueError(f"it holds step {self.steps_done()}")
                 return
             except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is skipped: damaged, or of another run ({error!r})")
         if checkpoints:
             raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
 
-    def open_writer(self, name):
-        """Return a writer of events, which flushes at the end of a `with` block, and only then."""
-        if not is_chief():
-            return tf.summary.create_noop_writer()
-        path = str(self.log_folder / name)
-        return tf.summary.create_file_writer(path, max_queue=10**6, flush_millis=10**9)
-
     def open_writers(self):
         """Open TensorBoard's event files, and write the model's graph."""
-        self.writers = {name: self.open_writer(name) for name in [*self.losses, "preview"]}
-        with self.writers["preview"].as_default():
+        self.writers = {name: open_writer(self.log_folder / name) for name in self.losses}
+        self.preview_writer = open_writer(self.log_folder / "preview")
+        with self.preview_writer.as_default():
             tf.summary.graph(self.evaluate.get_concrete_function().graph)
 
     def check_finite(self, values):
@@ -1035,7 +967,7 @@ class Run:
             self.check_finite(array)
         arrays |= self.losses | {"previews": np.array(list(self.preview_losses.items()))}
         path = self.checkpoint_path()
-        write_atomically(path, lambda part: np.savez(part, **arrays))
+        write_arrays(path, arrays)
         older = [other for other in self.list_checkpoints() if other < path]
         for other in older[:-2]:
             other.unlink(missing_ok=True)
@@ -1052,7 +984,7 @@ class Run:
         grid.save(png, "png", compress_level=1)  # the default takes twice the time
         path = self.sample_folder / f"step_{step:05}.png"
         write_atomically(path, lambda part: part.write_bytes(png.getvalue()))
-        with self.writers["preview"].as_default(step=step):
+        with self.preview_writer.as_default(step=step):
             tf.summary.scalar("loss", loss)
             # Width, height, encoded file. tf.summary.image would take half a second more per run.
             image = [str(grid.width), str(grid.height), png.getvalue()]
@@ -1061,18 +993,20 @@ class Run:
         self.preview_losses[step] = loss
         return loss
 
-    def finish(self, bar):
+    def finish(self):
         """Write the model, the latents of the test images, and the figures; return the metrics."""
-        bar.set_postfix_str("metrics of the test images")
         write_atomically(self.log_folder / "autoencoder.keras", self.autoencoder.save)
         metrics, latents = compute_metrics(self.evaluate, self.data.test)
         if self.settings.noise:
             noisy, _ = compute_metrics(self.evaluate, self.data.test, self.settings.noise)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
-        metadata = {name: getattr(self.data, name) for name in ("labels", "classes", "files")}
-        path = self.log_folder / "latents.npz"
-        write_atomically(path, lambda part: np.savez(part, latents=latents, **metadata))
-        bar.set_postfix_str("training.gif and summary.png")
+        arrays = {
+            "latents": latents,
+            "labels": self.data.labels,
+            "classes": self.data.classes,
+            "files": self.data.files,
+        }
+        write_arrays(self.log_folder / "latents.npz", arrays)
         pictures = [self.sample_folder / f"step_{step:05}.png" for step in self.preview_losses]
         draw_animation(pictures, self.sample_folder / "training.gif")
         draw_summary(self.losses, self.preview_losses, self.sample_folder / "summary.png")
@@ -1104,8 +1038,9 @@ def list_devices():
 
 
 def make_config(settings, data):
-    """Return what determines a run's numbers; prepare() adds the shapes of the weights."""
-    others = {
+    """Return the settings, and what else determines a run's numbers."""
+    return settings.model_dump(mode="json") | {
+        "FILTERS": list(FILTERS),
         "checksum of training images": zlib.crc32(data.train),
         "checksum of test images": zlib.crc32(data.test),
         "checksum of labels": zlib.crc32(data.labels),
@@ -1117,14 +1052,6 @@ def make_config(settings, data):
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
     }
-    return settings.model_dump(mode="json") | others
-
-
-def find_differences(before, now, ignored):
-    """Yield the name and both values of each difference between two configs."""
-    for name in before | now:  # in order: settings first
-        if name not in ignored and before.get(name) != now.get(name):
-            yield name, before.get(name), now.get(name)
 
 
 def check_config(path, config):
@@ -1133,16 +1060,19 @@ def check_config(path, config):
     More steps are allowed at a constant learning rate. Differences in WARNED are printed.
     """
     try:
-        before = dict(json.loads(path.read_bytes()))
+        # The defaults are for settings that the script has got since.
+        before = Settings().model_dump(mode="json") | json.loads(path.read_bytes())
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SettingsError(
             f"{path}, with the settings of the run, is lost or damaged: use another --run-name"
             f" ({error})"
         ) from error
-    defaults = Settings().model_dump(mode="json")  # for settings that older scripts lack
-    for name, old, new in find_differences(defaults | before, config, IGNORED):
-        message = f"{path.parent} was started with {name} {old}, but it is now {new}"
-        is_extended = name == "steps" and config["schedule"] == "constant" and old < new
+    for name, now in config.items():
+        old = before.get(name)
+        if old == now or name in IGNORED:
+            continue
+        message = f"{path.parent} was started with {name} {old}, but it is now {now}"
+        is_extended = name == "steps" and config["schedule"] == "constant" and old < now
         if name in WARNED:
             print(f"warning  {message}: its numbers may differ")
         elif not is_extended:
@@ -1150,7 +1080,7 @@ def check_config(path, config):
 
 
 @contextlib.contextmanager
-def open_and_restore(run):
+def open_and_restore(run, config):
     """Lock a run, restore its last checkpoint, and open its event files, for a `with` block."""
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
@@ -1161,9 +1091,9 @@ def open_and_restore(run):
     try:
         with lock:
             if config_path.exists() or run.list_checkpoints():
-                check_config(config_path, run.config)
+                check_config(config_path, config)
             run.restore()
-            write_json(config_path, run.config)
+            write_json(config_path, config)
             run.open_writers()
             yield
     except filelock.Timeout:
@@ -1175,40 +1105,38 @@ def open_and_restore(run):
 
 
 def gather_from_workers(numbers):
-    """Return the numbers of all workers, (replicas, n) int32, once all of them have arrived."""
+    """Return the numbers of all workers, (replicas, n) int64, once all of them have arrived."""
     strategy = tf.distribute.get_strategy()
-    row = tf.constant([numbers], tf.int32)
+    row = tf.constant([numbers], tf.int64)
     rows = strategy.experimental_distribute_values_from_function(lambda _: row)
     return strategy.gather(rows, axis=0).numpy()
 
 
 def compare_workers(config):
-    """Raise SettingsError if the workers, if any, have different configs, except in threads."""
+    """Raise SettingsError if the workers, if any, have different configs."""
     if "TF_CONFIG" not in os.environ:
         return
-    ignored = (IGNORED | {"threads"}) - {"run_name"}
-    text = json.dumps(config).encode().ljust(2**18)  # gathering needs equal lengths
-    for row in gather_from_workers(list(text)):
-        other = json.loads(bytes(row.tolist()))
-        for name, here, there in find_differences(config, other, ignored):
-            raise SettingsError(
-                f"{name} is {here} for this worker and {there} for another: use the same for all"
-            )
+    checksums = [zlib.crc32(repr(value).encode()) for value in config.values()]
+    columns = gather_from_workers(checksums).T
+    for (name, value), column in zip(config.items(), columns, strict=True):
+        may_differ = name in IGNORED | {"threads"} and name != "run_name"
+        if len(set(column)) > 1 and not may_differ:
+            raise SettingsError(f"{name} is {value} for this worker, but not for all: use one")
 
 
 def wait_for_workers():
-    """Wait until all workers of TF_CONFIG listen. TensorFlow's own wait would ignore signals."""
+    """Wait until all workers of TF_CONFIG listen. TensorFlow's own wait would ignore SIGTERM."""
     config = json.loads(os.environ["TF_CONFIG"])
-    workers = [address.rsplit(":", 1) for address in config["cluster"]["worker"]]
+    addresses = [address.rsplit(":", 1) for address in config["cluster"]["worker"]]
     index = config["task"]["index"]
-    if index not in range(len(workers)):
+    if index not in range(len(addresses)):
         raise ValueError(f"there is no worker {index}")
-    _, own_port = workers.pop(index)
+    _, own_port = addresses.pop(index)
     with socket.create_server(("", int(own_port))):  # for the others to find this worker
-        while workers:
+        while addresses:
             try:
-                socket.create_connection(workers[-1], timeout=1).close()
-                workers.pop()
+                socket.create_connection(addresses[-1], timeout=1).close()
+                addresses.pop()
             except socket.gaierror:  # a wrong name
                 raise
             except OSError:  # not there yet
@@ -1226,9 +1154,8 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    if stop_request.watching:
-        # TensorFlow has replaced Python's own handler, in C: install it again.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    # TensorFlow has replaced the handler, in C: install it again.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
 
@@ -1240,19 +1167,12 @@ def configure_tensorflow(settings):
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
     threads = 1 if settings.batch_size == 1 else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # an importing program has already used TensorFlow
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(2)
-    actual = tf.config.threading.get_intra_op_parallelism_threads()
-    if actual != threads:
-        print(
-            f"warning  TensorFlow already has {actual or 'its own number of'} threads, and not"
-            f" {threads}, as in a new process: the last digits will differ"
-        )
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         tf.config.experimental.enable_op_determinism()  # CPUs are deterministic anyway
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already been used in this process
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(2)
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
 
@@ -1281,17 +1201,36 @@ def make_strategy(settings):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-ONE_AT_A_TIME = threading.Lock()  # Keras and TensorFlow have process-wide state
+
+@contextlib.contextmanager
+def postpone_signals():
+    """Postpone Ctrl-C and SIGTERM to the end of a `with` block; yield a list of those received."""
+    received = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # Python handles signals only there
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
-def stop_if_asked(run):
-    """Save and end the process if it, or another worker, has received a signal."""
-    signal_number = stop_request.received
+def stop_if_asked(run, signals):
+    """Save the run and end the process if it, or another worker, has received a signal."""
+    number = signals[0] if signals else 0
     if "TF_CONFIG" in os.environ:  # all workers must stop after the same step
-        signal_number = gather_from_workers([signal_number]).max()
-    if signal_number:
+        number = int(gather_from_workers([number]).max())
+    if number:
         run.save()
-        stop_request.end_process(signal_number)
+        tqdm.write(
+            f"stopped  after step {run.steps_done():,}; to resume, repeat the command with"
+            f" --run-name {run.settings.run_name}"
+        )
+        sys.exit(128 + number)
 
 
 def report_and_preview(phase, run, bar):
@@ -1309,7 +1248,7 @@ def report_and_preview(phase, run, bar):
         print(f"step {step:6,}  {text}", flush=True)
 
 
-def fit_phase(phase, images, run, bar):
+def fit_phase(phase, images, run, bar, signals):
     """Train a phase to its last step, from wherever it stands."""
     settings = run.settings
     train_steps = make_train_steps(phase, images, settings, run.writers[phase.name])
@@ -1331,7 +1270,7 @@ def fit_phase(phase, images, run, bar):
         step = stop
         if step % settings.checkpoint_every == 0 and step < phase.steps:
             run.save()
-        stop_if_asked(run)
+        stop_if_asked(run, signals)
     report_and_preview(phase, run, bar)
     run.save()
 
@@ -1340,29 +1279,10 @@ def fit(run, bar):
     """Train all phases. A signal saves the run and ends the process."""
     with tf.device("CPU:0"):  # otherwise they would go to the first GPU
         images = tf.constant(run.data.train)
-    stop_request.deferred = True
-    try:
+    with postpone_signals() as signals:
         for phase in run.phases:
-            fit_phase(phase, images, run, bar)
-    finally:
-        stop_request.deferred = False
-    if stop_request.received:  # since the last step
-        stop_request.end_process(stop_request.received)
-
-
-def prepare(settings):
-    """Return the run of these settings."""
-    data = load_data(settings)
-    config = make_config(settings, data)
-    compare_workers(config)  # before the model: workers that build different ones hang
-    keras.utils.set_random_seed(settings.seed)  # of the initial weights
-    autoencoder, tensor_pairs = build_autoencoder(
-        data.train.shape[1:], settings.depth, settings.latent_dim, settings.initializer
-    )
-    phases = plan_phases(autoencoder, tensor_pairs, settings)
-    # FILTERS is not a setting: the shapes show whether they have been edited.
-    config |= {variable.path: list(variable.shape) for variable in autoencoder.variables}
-    return Run(settings, config, data, autoencoder, phases)
+            fit_phase(phase, images, run, bar, signals)
+        stop_if_asked(run, signals)
 
 
 def print_overview(run, total):
@@ -1371,7 +1291,7 @@ def print_overview(run, total):
     train = run.data.train
     test = run.data.test
     _, height, width, channels = train.shape
-    print("device  ", ", ".join(run.config["devices"]))
+    print("device  ", ", ".join(list_devices()))
     print(
         f"data     {settings.dataset}: {len(train):,} images to train on, {len(test):,} to test on,"
         f" {height}x{width}x{channels}"
@@ -1399,62 +1319,55 @@ def print_results(run, metrics):
 def train(settings: Settings) -> dict[str, Any]:
     """Train an autoencoder, or resume its run; return the contents of metrics.json.
 
-    A process trains one run at a time, and its first run fixes the number of threads. Raises
-    SettingsError, or RunError, OSError or TensorFlow's OpError if the run fails.
+    The first run of a process fixes its number of threads. Raises SettingsError, or RunError,
+    OSError or TensorFlow's OpError if the run fails, and SystemExit after a signal.
     """
     started = time.perf_counter()
-    if not ONE_AT_A_TIME.acquire(blocking=False):
-        raise SettingsError("another run is training in this process: start another process")
-    try:
-        configure_tensorflow(settings)
-        with make_strategy(settings).scope():
-            run = prepare(settings)
-            with open_and_restore(run):
-                # Workers that do not share --log-dir would resume from different steps. The key is
-                # the subject of the error's message.
-                compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
-                total = sum(phase.steps for phase in run.phases)
-                print_overview(run, total)
-                done = run.steps_done()
-                with tqdm(total=total, initial=done, disable=None, file=sys.stdout) as bar:
-                    fit(run, bar)
-                    metrics = run.finish(bar)
-                metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
-                write_json(run.log_folder / "metrics.json", metrics)
-    finally:
-        ONE_AT_A_TIME.release()
+    configure_tensorflow(settings)
+    with make_strategy(settings).scope():
+        data = load_data(settings)
+        config = make_config(settings, data)
+        compare_workers(config)  # before the model: workers that build different ones hang
+        run = Run(settings, data)
+        with open_and_restore(run, config):
+            # Workers that do not share --log-dir would resume from different steps. The key is the
+            # subject of the error's message.
+            compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
+            total = sum(phase.steps for phase in run.phases)
+            print_overview(run, total)
+            done = run.steps_done()
+            with tqdm(total=total, initial=done, disable=None, file=sys.stdout) as bar:
+                fit(run, bar)
+            metrics = run.finish()
+            metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
+            write_json(run.log_folder / "metrics.json", metrics)
     print_results(run, metrics)
     return metrics
 
 
 def main(settings: Settings) -> int:
     """Train; return the exit status: 0, 1 for a failed run, 2 for unusable settings."""
+    status = 1
     try:
         train(settings)
         return 0
-    except (SettingsError, RunError, OSError) as error:
+    except SettingsError as error:
+        message = str(error)
+        status = 2
+    except (RunError, OSError) as error:
         message = str(error) or repr(error)
-        status = 2 if isinstance(error, SettingsError) else 1
-    except (MemoryError, tf.errors.OpError) as error:
-        status = 1
-        if "tfevents" in str(error):  # TensorBoard's files: their errors have no class of their own
-            folder = settings.log_dir / settings.run_name
-            message = f"{folder} cannot be written: is the disk full?"
-        elif isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
-            message = "out of memory: use a smaller --batch-size or --image-size"
-        elif isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
-            message = "another worker has ended: run the same commands again to resume"
-        else:
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        message = "out of memory: use a smaller --batch-size or --image-size"
+    except (tf.errors.UnavailableError, tf.errors.AbortedError):
+        message = "another worker has ended: run the same commands again to resume"
+    except tf.errors.OpError as error:
+        if "tfevents" not in str(error):
             raise
+        message = f"{settings.log_dir} cannot be written: is the disk full?"
     print(f"train_ae.py: {message.splitlines()[0]}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
-    status = main(command_line_settings)
-    with contextlib.suppress(OSError):  # stdout may be closed
-        sys.stdout.flush()
-    if "TF_CONFIG" in os.environ:
-        sys.exit(status)  # workers disconnect from one another
-    os._exit(status)  # at once: a signal would be lost while Python shuts down
+    sys.exit(main(command_line_settings))

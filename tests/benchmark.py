@@ -44,7 +44,7 @@ def make_start(kind):
 
     batch, steps, _, shape = KINDS[kind]
     train_ae.keras.utils.set_random_seed(0)
-    autoencoder, _ = train_ae.build_autoencoder(shape)
+    autoencoder, _ = train_ae.build_autoencoder(shape, train_ae.Settings())
     images = make_images(kind)
     step_numbers = train_ae.tf.range(steps, dtype=train_ae.tf.int64)
     order = [train_ae.batch_indices(step, batch, len(images), 0) for step in step_numbers]
@@ -83,7 +83,7 @@ def ours(kind):
     strategy = train_ae.make_strategy(settings)
     with strategy.scope(), tempfile.TemporaryDirectory() as folder:
         train_ae.keras.utils.set_random_seed(0)
-        autoencoder, pairs = train_ae.build_autoencoder(shape)
+        autoencoder, pairs = train_ae.build_autoencoder(shape, settings)
         (phase,) = train_ae.plan_phases(autoencoder, pairs, settings)
         writer = train_ae.tf.summary.create_file_writer(folder)
         images = train_ae.tf.constant(make_images(kind))

@@ -7,6 +7,10 @@ from pathlib import Path
 import filelock
 import pytest
 
+# As the script sets it. Test files import TensorFlow before the script, which would be too late on
+# processors where oneDNN is on by default.
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "stress: random moments, mounts or long runs")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the threads of several runs would slow one another
 ENVIRONMENT = dict(os.environ)  # a user's; the import below sets more
+ENVIRONMENT.pop("TF_ENABLE_ONEDNN_OPTS", None)  # conftest.py has set it
 
 import keras
 import numpy as np

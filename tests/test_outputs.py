@@ -92,7 +92,7 @@ def paste(rows, zoom):
     [
         ((28, 28, 1), 0, 10, 3),
         ((8, 4, 3), 0.4, 10, 12),
-        ((5, 140, 1), 0, 9, 1),
+        ((5, 140, 1), 0, 10, 1),
         ((5, 1500, 1), 0, 1, 1),
     ],
     ids=str,
@@ -127,13 +127,6 @@ def test_grid_pixel_by_pixel(shape, noise, shown, zoom, tmp_path, run_here):
     title = picture[:TITLE]
     assert title.max() > 200
     assert np.median(title) == 32
-
-
-def test_grid_of_tiny_images_is_at_most_1400_pixels_wide(run_here, tmp_path):
-    dots = np.random.default_rng(0).random((99, 1, 1, 3))
-    np.save(tmp_path / "dots.npy", dots)
-    run = run_here("--dataset", "dots.npy", "--depth", 1, "--steps", 1)
-    assert 700 < run.picture("step_00001.png").shape[1] <= 1400
 
 
 def test_first_picture_has_the_first_of_each_digit(short_run, digits):
@@ -341,6 +334,5 @@ def test_a_terminal_gets_one_bar(tiny, tmp_path):
     (bar,) = [line for line in lines if "%|" in line]
     assert "60/60" in bar
     assert "preview loss" in bar
-    assert "metrics of the test images" in bar
-    assert bar.rstrip().endswith("training.gif and summary.png]")
+    assert re.search("preview loss [0-9.]+]$", bar.rstrip())
     assert not [line for line in lines if line.startswith("step ")]

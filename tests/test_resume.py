@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import (
-    SCRIPT,
     Finished,
     Job,
     assert_same_run,
@@ -121,7 +120,8 @@ def checkpoints(run):
 
 
 # A file, the signals that come before it gets its name, and the status: one after the other in one
-# run. The third leaves pretraining half done, and the fourth training.
+# run. The third leaves pretraining half done, and the fourth training. Once training is over, a
+# signal ends the process at once.
 STOPS = [
     ("config.json", "KILL", -9),
     ("step_*00060.npz", "KILL", -9),
@@ -129,20 +129,20 @@ STOPS = [
     ("step_00000.png", "TERM INT", 143),
     ("step_00050.png", "KILL", -9),
     ("step_*00270.npz", "KILL", -9),
-    ("autoencoder.keras", "INT INT", 130),
+    ("autoencoder.keras", "INT INT", -2),
     ("training.gif", "KILL", -9),
-    ("metrics.json", "TERM", 143),
+    ("metrics.json", "TERM", -15),
 ]
 
 
 @posix
 def test_stopped_at_every_file_a_run_ends_as_if_left_alone(job, finish, tiny, tmp_path):
-    words = shlex.join([str(SCRIPT), *tiny, *EVERYTHING])
     for file, names, status in STOPS:
-        found, errors, _ = job(*EVERYTHING, before=partial(at_file, file, partial(send, names)))
+        stop = partial(at_file, file, partial(send, names))
+        found, errors, output = job(*EVERYTHING, before=stop)
         assert (file, found) == (file, status)
-        line = f"train_ae.py: stopped; to resume: python {words}"
-        assert errors == ([] if status == -9 else [line])
+        assert errors == []
+        assert ("repeat the command with --run-name x" in output) == (status in (130, 143))
         assert not (tmp_path / "logs" / "x" / "metrics.json").exists()
     assert "resumes  after step 270 of 270" in finish(*EVERYTHING)
 
@@ -174,7 +174,8 @@ def test_stopped_at_random_moments_too(turn, alone, tiny, tmp_path):
         job.process.join(draws.uniform(0.5, 2.5))
         draws.choice([job.process.kill, job.process.terminate])()
         status, errors, _ = job.end()
-        assert (status, len(errors)) in [(0, 0), (-9, 0), (143, 1), (-15, 0)]  # before it looks
+        assert status in (0, -9, 143, -15)  # -15 before and after training
+        assert errors == []
     assert_same_run(Finished(tmp_path), alone(*EVERYTHING))
 
 
@@ -188,12 +189,11 @@ time.sleep(60)
 
 
 @posix
-@pytest.mark.parametrize(("names", "status"), [("INT", 130), ("TERM", 143), ("INT TERM INT", 130)])
+@pytest.mark.parametrize(("names", "status"), [("INT", -2), ("TERM", -15)])
 def test_signals_during_the_imports_end_the_process_at_once(names, status, tmp_path):
     (tmp_path / "keras.py").write_text(IMPORT.format(names))  # found before the real one
     process = call("--run-name", "x", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    line = f"train_ae.py: stopped; to resume: python {SCRIPT} --run-name x"
-    assert (process.returncode, said(process.stderr)) == (status, [line])
+    assert (process.returncode, said(process.stderr)) == (status, [])
     assert not (tmp_path / "logs").exists()
 
 
@@ -212,11 +212,10 @@ def test_a_process_that_trains_keeps_others_off_and_says_how_to_resume(
     refuse(2, "another process", str(logs), arguments=same)
     os.kill(trains.process.pid, signal.SIGTERM)
     os.kill(trains.process.pid, signal.SIGCONT)
-    status, (line,), _ = trains.end()
+    status, _, output = trains.end()
     assert status == 143
-    command = shlex.split(line.removeprefix("train_ae.py: stopped; to resume: "))
-    assert command == ["python", str(SCRIPT), *same]
-    status, _, output = Job(tmp_path, *command[2:]).end()
+    assert f"to resume, repeat the command with --run-name {logs.name}\n" in output
+    status, _, output = Job(tmp_path, *same).end()
     assert status == 0
     assert re.search("resumes  after step [1-5]00? of 600", output)
     assert_same_run(Finished(tmp_path, logs.name), alone(*LONG))
@@ -303,7 +302,7 @@ LOSS = "    return squared_error_per_pixel(images, outputs)\n"
 NEW = ("    tied: bool", '    sharp: int = 1\n    """new"""\n    tied: bool')
 EDITS = [
     (LOSS, "    return tf.reduce_mean(tf.abs(images - outputs))\n", [], 0, [" script "]),
-    ("= (16, 32,", "= (8, 32,", [], 2, [" conv1/", "3, 16]", "3, 8]"]),
+    ("= (16, 32,", "= (8, 32,", [], 2, [" FILTERS ", "[16, 32,", "[8, 32,"]),
     (*NEW, [], 0, [" script "]),
     (*NEW, ["--sharp", "2"], 2, [" sharp ", " 1, ", " 2"]),
 ]
@@ -371,9 +370,8 @@ def test_damage_beyond_repair_is_one_line(pattern, content, status, run, tiny, r
 
 
 def test_files_that_are_not_the_runs_own_are_left_alone(run, job, alone):
-    first, _, last = checkpoints(run)[0]
-    higher = last.with_name(last.name.replace("100", "999"))  # of a lower step
-    strays = [higher, run.samples / "step_x.png", run.samples / "step_00050 (copy).png"]
+    first, *_ = checkpoints(run)[0]
+    strays = [run.samples / "step_x.png", run.samples / "step_00050 (copy).png"]
     strays += [first.with_stem(f"{first.stem} (copy)"), first.with_stem("step_99999999")]
     strays += [first.with_name(f".part-{first.name}"), run.logs / "train" / "notes"]
     for path in strays:
@@ -383,7 +381,7 @@ def test_files_that_are_not_the_runs_own_are_left_alone(run, job, alone):
     lost.unlink()
     status, errors, output = job(*LONGER)
     assert (status, errors) == (0, [])
-    for path in (higher, cut, lost):
+    for path in (cut, lost):
         assert warnings(output, str(path.relative_to(run.cwd)))
     assert "resumes  after step 100 of 150" in output
     content = strays[0].read_bytes()
@@ -402,7 +400,8 @@ def test_what_is_not_finite_leaves_the_last_good_checkpoint(rate, job, tmp_path)
     assert (status, "--learning-rate" in line) == (1, True)
     last = int(re.search(r"not finite after step (\d+)", line)[1])
     paths, steps = checkpoints(Finished(tmp_path))
-    assert steps == [*range(1, last)][-3:]
+    # The loss of a preview can overflow before the weights do: then the last step has been saved.
+    assert steps in ([*range(1, last)][-3:], [*range(1, last + 1)][-3:])
     for path in paths:
         with np.load(path) as arrays:
             assert all(np.isfinite(arrays[name]).all() for name in arrays)

@@ -21,7 +21,7 @@ import train_ae
 def ours(default_run, digits):
     """The losses of the default run, its initial weights, and its images in their order."""
     keras.utils.set_random_seed(0)
-    model, _ = train_ae.build_autoencoder((28, 28, 1))
+    model, _ = train_ae.build_autoencoder((28, 28, 1), train_ae.Settings())
     train = digits["x_train"]
     order = [train_ae.batch_indices(step, 1, len(train), 0)[0] for step in range(500)]
     images = train[order].reshape(-1, 28, 28, 1) / np.float32(255)
@@ -150,12 +150,7 @@ class Reference:
             self.images = file["x_train"] / np.float32(255)
         keras.utils.clear_session()  # layers without names are "flatten" and "reshape" again
         keras.utils.set_random_seed(settings.seed)
-        model, _ = train_ae.build_autoencoder(
-            self.images.shape[1:],
-            settings.depth,
-            settings.latent_dim,
-            settings.initializer,
-        )
+        model, _ = train_ae.build_autoencoder(self.images.shape[1:], settings)
         layers = model.get_layer("encoder").layers + model.get_layer("decoder").layers
         self.layers = {layer.name: layer for layer in layers}
         self.variables = {}
@@ -168,7 +163,7 @@ class Reference:
                 phase = f"pretrain/{name}"
                 steps = settings.pretrain_steps
                 self.train(phase, names[:place], [name], squared_error, steps)
-        self.train("train", [], names, objective, settings.steps, settings.noise)
+        self.train("train", [], names, objective, settings.steps)
 
     def value(self, path):
         """Return a weight; of a tied kernel, that of the encoder."""
@@ -185,7 +180,7 @@ class Reference:
             images, _ = layer.stateless_call(weights, [], images)
         return images
 
-    def train(self, phase, frozen, pairs, objective, steps, noise=0):
+    def train(self, phase, frozen, pairs, objective, steps):
         """Train pairs of layers to reconstruct what frozen ones make of the images."""
         settings = self.settings
         rate = settings.learning_rate
@@ -196,13 +191,11 @@ class Reference:
         for step in range(steps):
             order = train_ae.batch_indices(step, settings.batch_size, 20, settings.seed)
             targets = self.images[order]
+            draws = tf.random.stateless_normal(targets.shape, [settings.seed, step])
+            hidden = np.clip(targets + settings.noise * draws.numpy(), 0, 1)
             for name in frozen:
                 targets = self.apply(PAIRS[name][0], targets)
-            hidden = targets
-            if noise:
-                seeds = [settings.seed, step]
-                draws = tf.random.stateless_normal(targets.shape, seeds)
-                hidden = np.clip(targets + noise * draws.numpy(), 0, 1)
+                hidden = self.apply(PAIRS[name][0], hidden)
             with tf.GradientTape() as tape:
                 for name in pairs:
                     hidden = self.apply(PAIRS[name][0], hidden)

@@ -70,8 +70,7 @@ def examine(model, settings, images):
         metrics = {"test loss": len(batch) * loss} | compare(targets, outputs)
         if settings.noise:
             # As in the pictures.
-            noise = train_ae.draw_noise(targets.shape, settings.noise, settings.seed, step=-1)
-            inputs = train_ae.add_noise(targets, noise)
+            inputs = train_ae.add_noise(targets, settings.noise, settings.seed, step=-1)
             metrics["PSNR (dB) of noisy inputs"] = psnr(targets, inputs)
             metrics["PSNR (dB) from noisy inputs"] = psnr(targets, model.predict_on_batch(inputs))
         for name, values in metrics.items():
