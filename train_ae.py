@@ -180,6 +180,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tensorboard.plugins.image.metadata import create_summary_metadata
 from tqdm import tqdm
@@ -868,7 +869,7 @@ def draw_summary(losses, previews, path):
     """Plot the losses of each phase, averaged over 1% of its steps, and the preview losses."""
     axes = Figure(figsize=(9, 5)).subplots()
     pretraining_steps = sum(map(len, losses.values())) - len(losses["train"])
-    start = -pretraining_steps  # so that "train" starts at 0
+    start = -pretraining_steps  # training starts at 0
     for name, values in losses.items():
         parts = np.array_split(values, min(len(values), 100))
         ends = start + np.cumsum([len(part) for part in parts])
@@ -876,6 +877,8 @@ def draw_summary(losses, previews, path):
         start += len(values)
     axes.semilogy(list(previews), list(previews.values()), label="preview")
     axes.set(xlabel="step", title="reconstruction loss")
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
@@ -1281,7 +1284,8 @@ def fit(run, bar):
         images = tf.constant(run.data.train)
     with postpone_signals() as signals:
         for phase in run.phases:
-            fit_phase(phase, images, run, bar, signals)
+            if len(run.losses[phase.name]) < phase.steps:  # else done before the run was resumed
+                fit_phase(phase, images, run, bar, signals)
         stop_if_asked(run, signals)
 
 
