@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -61,16 +61,17 @@ def default_initializer(values: dict[str, Any]) -> str:
     """Return "article" for the article's own model on MNIST, else "glorot".
 
     With the article's standard deviation of 0.02, a model learns the colours of other pictures very
-    late. `values` are the settings declared above this one.
+    late. pydantic passes the settings that are declared above `initializer`.
     """
-    name = re.split("[.:]", Path(values["dataset"]).name)[0]  # "mnist" of mnist.npz or mnist:3.0.1
+    # A name as in mnist.npz, or mnist:3.0.1.
+    name = re.split("[.:]", Path(values["dataset"]).name)[0]
     is_mnist = name in ("mnist", "mnist_5k")
     return "article" if is_mnist and values["latent_dim"] == 0 else "glorot"
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Folder = Annotated[Path, BeforeValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):
@@ -81,7 +82,7 @@ class Settings(BaseModel):
     )
 
     steps: Count = 3000
-    """updates of the weights"""
+    """updates of the weights, after those of pretraining"""
     batch_size: Count = 1
     """images in each step"""
     learning_rate: PositiveFloat = 0.001
@@ -89,16 +90,16 @@ class Settings(BaseModel):
     schedule: Literal["constant", "cosine"] = "constant"
     """how the learning rate changes over a run: constant, or cosine, which falls to 0"""
     depth: int = Field(default=len(FILTERS), ge=1, le=len(FILTERS))
-    """layers of the encoder, and of the decoder"""
+    """convolutions of the encoder, and of the decoder"""
     latent_dim: CountOrZero = 0
     """size of the latent, or 0 for the output of the last convolution"""
     tied: bool = False
     """give each layer of the decoder the kernel of its mirrored layer in the encoder"""
     pretrain_steps: CountOrZero = 0
     """steps of layer-wise pretraining for each pair of mirrored layers"""
-    noise: NonNegativeFloat = 0
+    noise: NonNegativeFloat = 0.0
     """denoising: standard deviation of Gaussian noise added to the inputs, which are in [0, 1]"""
-    dataset: str = Field(default="mnist_5k", min_length=1)
+    dataset: Annotated[str, BeforeValidator(os.path.expanduser)] = Field("mnist_5k", min_length=1)
     """mnist_5k (bundled digits), a folder of pictures, a .npz or .npy file, or a TFDS dataset"""
     image_size: CountOrZero = 0
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
@@ -134,7 +135,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         usage="python train_ae.py [options]",
         allow_abbrev=False,
     )
-    # One line, without the usage.
+    # argparse would print the usage first.
     parser.error = lambda text: parser.exit(2, f"train_ae.py: {' '.join(text.split())}\n")
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
@@ -158,7 +159,8 @@ if __name__ == "__main__":
     command_line_settings = parse_arguments()
     os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails with an unknown one
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # four times faster on one small image
+# oneDNN is four times slower on one small image.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 gc.disable()  # garbage collection would add a second to the imports
@@ -221,7 +223,7 @@ def build_encoder(image_shape, settings):
         encoded.append(layer(encoded[-1]))
     if settings.latent_dim:
         flat = layers.Flatten()(encoded[-1])
-        # Not in the article: this layer and its mirror keep Keras's default initializer, Glorot's.
+        # Not in the article: "latent" and "expand" keep Keras's default initializer, Glorot's.
         encoded.append(layers.Dense(settings.latent_dim, name="latent")(flat))
     return encoded
 
@@ -233,8 +235,9 @@ def build_decoder(encoded, settings):
         shape = encoded[-2].shape[1:]
         expand = layers.Dense(math.prod(shape), activation="leaky_relu", name="expand")
         restored.append(layers.Reshape(shape)(expand(restored[-1])))
-    for number, target in enumerate(reversed(encoded[: settings.depth]), start=1):
-        _, height, width, channels = target.shape  # to restore
+    inputs_of_convolutions = encoded[: settings.depth]
+    for number, to_restore in enumerate(reversed(inputs_of_convolutions), start=1):
+        _, height, width, channels = to_restore.shape
         layer = layers.Conv2DTranspose(
             channels,
             # 2n and 2n - 1 both halve to n: the padding tells which one to restore.
@@ -244,7 +247,7 @@ def build_decoder(encoded, settings):
             **CONVOLUTION,
         )
         restored.append(layer(restored[-1]))
-    # Tanh after a leaky ReLU, for images in [0, 1]: kept from the article.
+    # Tanh after a leaky ReLU is an odd choice for images in [0, 1], kept from the article.
     restored[-1] = layers.Activation("tanh", name="output")(restored[-1])
     return restored
 
@@ -273,15 +276,18 @@ def build_autoencoder(
 
 
 def squared_error_per_pixel(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Return the squared error, summed over the last axis (channels), averaged over the rest."""
+    """Return the squared error, summed over the last axis, averaged over the others.
+
+    The last axis holds the channels of an image or a layer, or a latent.
+    """
     return tf.reduce_mean(tf.reduce_sum(tf.square(outputs - targets), axis=-1))
 
 
 def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """Return the loss to minimize, a scalar. For another objective, change this function.
 
-    Both arguments are (batch, height, width, channels) float32. It must be a mean over the images,
-    since those of several devices, and of batches of test images, are averaged.
+    Both arguments are (batch, height, width, channels) float32. The loss must be a mean over the
+    images, since the losses of several devices, and of batches of test images, are averaged.
     """
     return squared_error_per_pixel(images, outputs)
 
@@ -323,21 +329,21 @@ class Phase(NamedTuple):
     """A stage of a run: `model` learns to reconstruct the output of `frozen` for the images."""
 
     name: str  # "train", or "pretrain/" and the name of a layer
-    frozen: keras.Model  # the layers before `model`; in "train", none: the identity
+    frozen: keras.Model  # the layers of the encoder before `model`; in "train", none: the identity
     model: keras.Model
     loss: Callable  # of targets and outputs
     steps: int
     optimizer: keras.optimizers.Optimizer
 
 
-def make_optimizer(model, steps, settings):
-    """Return the optimizer of a phase."""
+def make_phase(name, frozen, model, loss, steps, settings):
+    """Return a phase with its optimizer."""
     rate = settings.learning_rate
     if settings.schedule == "cosine":  # Loshchilov & Hutter 2017
         rate = keras.optimizers.schedules.CosineDecay(rate, steps)
     optimizer = FusedAdam(rate, epsilon=1e-8)  # TensorFlow 1's, as in the article; Keras's is 1e-7
     optimizer.build(model.trainable_variables)  # makes the moments now, for checkpoints to hold
-    return optimizer
+    return Phase(name, frozen, model, loss, steps, optimizer)
 
 
 def plan_phases(autoencoder, tensor_pairs, settings):
@@ -352,30 +358,29 @@ def plan_phases(autoencoder, tensor_pairs, settings):
         for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
             encode = keras.Model(outer, inner)  # one layer of the encoder
             decode = keras.Model(inner_restored, outer_restored)  # and its mirror
-            model = keras.Sequential([encode, decode])
-            phase = Phase(
+            phase = make_phase(
                 name=f"pretrain/{encode.layers[-1].name}",
                 frozen=keras.Model(images, outer),
-                model=model,
+                model=keras.Sequential([encode, decode]),
                 # Most targets are activations: squared error, whatever the objective for images.
                 loss=squared_error_per_pixel,
                 steps=settings.pretrain_steps,
-                optimizer=make_optimizer(model, settings.pretrain_steps, settings),
+                settings=settings,
             )
             phases.append(phase)
-    phase = Phase(
+    phase = make_phase(
         name="train",
         frozen=keras.Model(images, images),
         model=autoencoder,
         loss=reconstruction_loss,
         steps=settings.steps,
-        optimizer=make_optimizer(autoencoder, settings.steps, settings),
+        settings=settings,
     )
     return [*phases, phase]
 
 
 # --------------------------------------------------------------------------------------------------
-# Tied kernels: the decoder's equal the encoder's in the layout of the mirrored layer
+# Tied kernels: the decoder's are copies of the encoder's, in the layout of the mirrored layer
 
 
 def mirror(kernel):
@@ -387,7 +392,10 @@ def mirror(kernel):
 
 
 def pair_kernels(variables):
-    """Return (encoder, decoder) indices of mirrored kernels: the first with the last, and so on."""
+    """Return (encoder, decoder) indices of mirrored kernels: the first with the last, and so on.
+
+    `variables` are in the order of the layers.
+    """
     kernels = [index for index, variable in enumerate(variables) if variable.name == "kernel"]
     half = len(kernels) // 2
     return list(zip(kernels[:half], reversed(kernels[half:]), strict=True))
@@ -397,17 +405,6 @@ def tie_kernels(variables):
     """Give the decoder's kernels the values of the encoder's."""
     for encoder_index, decoder_index in pair_kernels(variables):
         variables[decoder_index].assign(mirror(variables[encoder_index].value))
-
-
-def sum_tied_gradients(gradients, variables):
-    """Give both kernels of each pair the sum of their gradients, as a single one would have.
-
-    Equal kernels with equal gradients have equal moments, and so stay equal.
-    """
-    for encoder_index, decoder_index in pair_kernels(variables):
-        total = gradients[encoder_index] + mirror(gradients[decoder_index])
-        gradients[encoder_index] = total
-        gradients[decoder_index] = mirror(total)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,8 +446,9 @@ def update_weights(phase, inputs, targets, settings, replicas):
     with tf.GradientTape() as tape:
         loss = phase.loss(targets, phase.model(inputs, training=True)) / replicas
     gradients = tape.gradient(loss, [variable.value for variable in variables])
-    if settings.tied:
-        sum_tied_gradients(gradients, variables)
+    if settings.tied:  # the kernel that both layers use gets the sum of their gradients
+        for encoder_index, decoder_index in pair_kernels(variables):
+            gradients[encoder_index] += mirror(gradients[decoder_index])
     phase.optimizer.apply(gradients, variables)  # sums the gradients of all replicas
     return loss
 
@@ -472,17 +470,18 @@ def make_train_steps(phase, images, settings, writer):
             indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
             batch = to_float(tf.gather(images, indices))
             # Noise is for the whole batch, so that it does not depend on the number of replicas.
-            noisy = add_noise(batch, settings.noise, settings.seed, step)[share]
+            noisy = add_noise(batch, settings.noise, settings.seed, step)
             batch = batch[share]
+            noisy = noisy[share]
         targets = phase.frozen(batch, training=False)
-        inputs = phase.frozen(noisy, training=False) if settings.noise else targets
+        inputs = targets
+        if settings.noise:
+            inputs = phase.frozen(noisy, training=False)
         return update_weights(phase, inputs, targets, settings, replicas)
 
     def train_step(step):
         loss = strategy.reduce("SUM", strategy.run(replica_step, [step]), axis=None)
-        if settings.tied and replicas > 2:
-            # Three or more gradients may be summed in another order for each kernel, and rounded
-            # differently: tied kernels would drift apart.
+        if settings.tied:
             tie_kernels(phase.model.trainable_variables)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
             # "train" and "preview" share a tag, and so a chart. Pretraining has another one, since
@@ -603,7 +602,8 @@ def read_arrays(path):
         images = np.asarray(arrays.get(f"x_{split}"))  # if missing, None, which is refused
         labels = arrays.get(f"y_{split}", np.full(images.shape[:1], "")).flatten()
         is_numeric = images.dtype.kind in "buif"
-        if not is_numeric or images.ndim not in (3, 4) or len(labels) != len(images):
+        is_image = is_numeric and images.ndim in (3, 4) and images.size > 0
+        if not is_image or len(labels) != len(images):
             raise SettingsError(
                 f"{path} must have numbers as x_{split}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{split}, if any"
@@ -642,7 +642,9 @@ def read_tfds(name, data_dir):
             for batch in tfds.as_numpy(batches):
                 labels = batch.get("label", repeat(""))  # an endless supply
                 for image, label in zip(batch["image"], labels, strict=False):
-                    yield image, split == test_split, to_name(label), ""
+                    is_unlabelled = np.array_equal(label, -1)  # as in many test splits
+                    name = "" if is_unlabelled else to_name(label)
+                    yield image, split == test_split, name, ""
     except Exception as error:  # TFDS and the network raise many others
         raise RunError(
             f"{name} in {builder.data_dir} cannot be read, or downloaded: see README.md about"
@@ -652,7 +654,7 @@ def read_tfds(name, data_dir):
 
 def choose_reader(settings):
     """Return the reader for `dataset`."""
-    path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset).expanduser()
+    path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset)
     if path.suffix in (".npz", ".npy"):
         return read_arrays(path)
     # The README's "mnist" is TFDS's dataset, even if there is a folder of that name.
@@ -852,7 +854,7 @@ def draw_animation(paths, path):
     if not is_chief():  # the pictures are not there
         return
     frames = []
-    # Geometric spacing favours the beginning, where numbers are repeated: hence unique().
+    # Geometric spacing favours the beginning, and repeats indices there: hence unique().
     for index in np.unique(np.geomspace(1, len(paths), 28).astype(int)) - 1:
         try:
             # 16 grey levels make the file three times smaller.
@@ -892,8 +894,8 @@ def draw_summary(losses, previews, path):
 class Run:
     """A run: its folders, the state that checkpoints hold, and what it writes.
 
-    Curves, pictures and "step" lines count the steps of a phase. Checkpoints, the progress bar and
-    other messages count the steps of all phases.
+    Curves, pictures and the lines printed for a step count the steps of a phase. Checkpoints, the
+    progress bar and other messages count the steps of all phases.
     """
 
     def __init__(self, settings, data):
@@ -918,10 +920,6 @@ class Run:
     def steps_done(self):
         """Return the number of steps trained so far, in all phases."""
         return sum(map(len, self.losses.values()))
-
-    def checkpoint_path(self):
-        """Return the path of a checkpoint of the present state."""
-        return self.log_folder / "checkpoints" / f"step_{self.steps_done():012}.npz"
 
     def list_checkpoints(self):
         """Return the paths of the checkpoints in order; other files are left alone."""
@@ -969,7 +967,7 @@ class Run:
         for array in arrays.values():
             self.check_finite(array)
         arrays |= self.losses | {"previews": np.array(list(self.preview_losses.items()))}
-        path = self.checkpoint_path()
+        path = self.log_folder / "checkpoints" / f"step_{self.steps_done():012}.npz"
         write_arrays(path, arrays)
         older = [other for other in self.list_checkpoints() if other < path]
         for other in older[:-2]:
@@ -1019,10 +1017,10 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-# These may differ when a run resumes: the data have checksums, so "dataset" is only a name.
+# These may differ when a run resumes: they name places, and what a data set holds has checksums.
 IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
-# These may differ with a warning. Another script may change anything; the others change only the
-# last digits.
+# These may differ with a warning. Another script may change any number; the others, only the last
+# digits.
 WARNED = {
     "checksum of the script",
     "tensorflow",
@@ -1063,7 +1061,7 @@ def check_config(path, config):
     More steps are allowed at a constant learning rate. Differences in WARNED are printed.
     """
     try:
-        # The defaults are for settings that the script has got since.
+        # The defaults stand in for settings that have been added to the script since.
         before = Settings().model_dump(mode="json") | json.loads(path.read_bytes())
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SettingsError(
@@ -1088,11 +1086,9 @@ def open_and_restore(run, config):
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
     config_path = run.log_folder / "config.json"
-    lock = contextlib.nullcontext()
-    if is_chief():
-        lock = filelock.FileLock(run.log_folder / ".lock", blocking=False)
+    lock = filelock.FileLock(run.log_folder / ".lock", blocking=False)
     try:
-        with lock:
+        with lock if is_chief() else contextlib.nullcontext():
             if config_path.exists() or run.list_checkpoints():
                 check_config(config_path, config)
             run.restore()
@@ -1122,9 +1118,9 @@ def compare_workers(config):
     checksums = [zlib.crc32(repr(value).encode()) for value in config.values()]
     columns = gather_from_workers(checksums).T
     for (name, value), column in zip(config.items(), columns, strict=True):
-        may_differ = name in IGNORED | {"threads"} and name != "run_name"
+        may_differ = name in (IGNORED | {"threads"}) and name != "run_name"
         if len(set(column)) > 1 and not may_differ:
-            raise SettingsError(f"{name} is {value} for this worker, but not for all: use one")
+            raise SettingsError(f"{name} is {value} here, but must be the same for all workers")
 
 
 def wait_for_workers():
@@ -1140,7 +1136,7 @@ def wait_for_workers():
             try:
                 socket.create_connection(addresses[-1], timeout=1).close()
                 addresses.pop()
-            except socket.gaierror:  # a wrong name
+            except socket.gaierror:  # a wrong name: waiting would not help
                 raise
             except OSError:  # not there yet
                 time.sleep(0.1)
@@ -1157,7 +1153,7 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    # TensorFlow has replaced the handler, in C: install it again.
+    # TensorFlow's C++ code has replaced the handler: install it again.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
@@ -1209,10 +1205,14 @@ def make_strategy(settings):
 def postpone_signals():
     """Postpone Ctrl-C and SIGTERM to the end of a `with` block; yield a list of those received."""
     received = []
+
+    def receive(number, _frame):
+        received.append(number)
+
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # Python handles signals only there
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+            handlers[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -1284,8 +1284,7 @@ def fit(run, bar):
         images = tf.constant(run.data.train)
     with postpone_signals() as signals:
         for phase in run.phases:
-            if len(run.losses[phase.name]) < phase.steps:  # else done before the run was resumed
-                fit_phase(phase, images, run, bar, signals)
+            fit_phase(phase, images, run, bar, signals)
         stop_if_asked(run, signals)
 
 
@@ -1334,8 +1333,7 @@ def train(settings: Settings) -> dict[str, Any]:
         compare_workers(config)  # before the model: workers that build different ones hang
         run = Run(settings, data)
         with open_and_restore(run, config):
-            # Workers that do not share --log-dir would resume from different steps. The key is the
-            # subject of the error's message.
+            # Workers that do not share --log-dir would resume from different steps.
             compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
             total = sum(phase.steps for phase in run.phases)
             print_overview(run, total)
@@ -1355,11 +1353,9 @@ def main(settings: Settings) -> int:
     try:
         train(settings)
         return 0
-    except SettingsError as error:
-        message = str(error)
-        status = 2
-    except (RunError, OSError) as error:
+    except (SettingsError, RunError, OSError) as error:
         message = str(error) or repr(error)
+        status = 2 if isinstance(error, SettingsError) else 1
     except (MemoryError, tf.errors.ResourceExhaustedError):
         message = "out of memory: use a smaller --batch-size or --image-size"
     except (tf.errors.UnavailableError, tf.errors.AbortedError):

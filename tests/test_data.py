@@ -377,6 +377,13 @@ def test_tfds_set_that_is_tested_on_its_validation_split(tmp_path):
     assert_array_equal(data.test, images[1001:])
 
 
+def test_tfds_images_without_a_label_are_of_no_class(tmp_path):
+    splits = {"train": slice(3), "test": slice(3, 6)}
+    prepare(tmp_path, "some", IMAGES[:6], ["dog", "cat", "cat", -1, "cat", -1], **splits)
+    data = load("some", data_dir=tmp_path)
+    assert data.classes[data.labels].tolist() == ["", "cat", ""]
+
+
 def test_tfds_set_of_several_sizes(tmp_path):
     images = [
         draw(5, 9, 1),
@@ -442,6 +449,8 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
         (SMALL.astype(complex), "must have numbers"),
         (SMALL.astype(object), "missing or damaged"),
         (draw(20, 4, 4, 4), "1 or 3 channels"),
+        (draw(20, 0, 4), "must have numbers"),
+        ({"x_train": SMALL, "x_test": SMALL[:0]}, "numbers as x_test"),
         ({"x_train": SMALL, "y_train": np.zeros(1)}, "n labels as y_train"),
         ({"x_train": SMALL, "x_test": SMALL[:, 1:]}, "--image-size"),
         ({"x_train": SMALL, "x_test": SMALL / 255}, "float64.* uint8.* convert them"),

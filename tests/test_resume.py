@@ -24,6 +24,7 @@ from helpers import (
     said,
     send,
 )
+from PIL import Image
 
 from train_ae import Settings
 
@@ -325,6 +326,16 @@ def test_a_run_begun_anew_has_no_pictures_of_the_one_before(run, job):
     assert job(*SHORT, *half)[:2] == job(*SHORT, *half, "--run-name", "y")[:2] == (0, [])
     for name in ("training.gif", "summary.png"):
         assert (run.samples / name).read_bytes() == Path("samples/y", name).read_bytes()
+
+
+def test_pictures_of_a_finished_run_may_go_elsewhere(run, job):
+    status, errors, output = job(*SHORT, "--sample-dir", "elsewhere")
+    assert (status, errors) == (0, [])
+    assert len(warnings(output, "elsewhere/x/step_00000.png")) == 1
+    for name in ("step_00100.png", "summary.png"):
+        assert Path("elsewhere/x", name).read_bytes() == (run.samples / name).read_bytes()
+    with Image.open("elsewhere/x/training.gif") as animation:
+        assert animation.n_frames == 1
 
 
 # --------------------------------------------------------------------------------------------------

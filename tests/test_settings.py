@@ -126,12 +126,14 @@ def test_readme_gives_every_option_with_its_default():
 
 
 def test_settings_take_paths_and_refuse_unknown_names(tmp_path):
-    paths = {name: tmp_path / name for name in ("data_dir", "log_dir", "sample_dir")}
+    paths = {name: tmp_path / name for name in ("dataset", "data_dir", "log_dir", "sample_dir")}
     found = Settings(**paths)
     texts = {name: str(path) for name, path in paths.items()}
     assert found == Settings(**texts, run_name=found.run_name)
     assert found.log_dir == paths["log_dir"]
     assert Settings(log_dir="~/x").log_dir == Path.home() / "x"
+    assert Settings(dataset="~/x").dataset == str(Path.home() / "x")
+    assert Settings(sample_dir="~nobody-has-this-name/x").sample_dir.name == "x"
     with pytest.raises(ValueError, match="no_such_name"):
         Settings(no_such_name=1)
 
