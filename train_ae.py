@@ -14,8 +14,8 @@ To resume a run that ended for any reason, even kill -9, repeat its command with
 name of its folder in logs. The results are the same as without the interruption.
 
 Sections: settings, model, objective, optimizer, phases, tied kernels, training step, data, metrics,
-files and pictures, the run, resuming, devices, training. Functions are defined before they are
-used: to read from the top down, start with train(), near the end.
+files and pictures, the run, resuming, devices, training. The method comes first, and train(), near
+the end, is the story of a run.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from pydantic import (
 # --------------------------------------------------------------------------------------------------
 # Settings: each one is a command-line option, and its docstring is the help text.
 
-FILTERS = (16, 32, 64, 128)  # of the encoder's convolutions; the decoder mirrors them
+# Of the encoder's convolutions; the decoder mirrors them. Not an option, but it limits `depth`.
+FILTERS = (16, 32, 64, 128)
 
 
 class SettingsError(ValueError):
@@ -162,7 +163,7 @@ if __name__ == "__main__":
 # oneDNN is four times slower on one small image.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json says
 gc.disable()  # garbage collection would add a second to the imports
 
 import contextlib
@@ -469,7 +470,8 @@ def make_train_steps(phase, images, settings, writer):
         with tf.device("CPU:0"):  # the training set stays there: only a share goes to a GPU
             indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
             batch = to_float(tf.gather(images, indices))
-            # Noise is for the whole batch, so that it does not depend on the number of replicas.
+            # For the whole batch, so that it does not depend on the number of replicas. TensorFlow
+            # leaves it out where it is not used.
             noisy = add_noise(batch, settings.noise, settings.seed, step)
             batch = batch[share]
             noisy = noisy[share]
@@ -820,7 +822,10 @@ def write_arrays(path, arrays):
 
 
 def open_writer(folder):
-    """Return a writer of events, which flushes at the end of a `with` block, and only then."""
+    """Return a writer of TensorBoard's events.
+
+    It flushes at the end of a `with` block, and only then: more often would take longer.
+    """
     if not is_chief():
         return tf.summary.create_noop_writer()
     return tf.summary.create_file_writer(str(folder), max_queue=10**6, flush_millis=10**9)
@@ -912,6 +917,7 @@ class Run:
         self.preview_images = choose_preview_images(data)
         optimizers = [phase.optimizer for phase in self.phases]
         variables = chain.from_iterable(part.variables for part in [self.autoencoder, *optimizers])
+        # Paths are unique, since Keras numbers the optimizers.
         self.variables = {variable.path: variable for variable in variables}
         # The losses of all steps so far: their number is the step to resume from.
         self.losses = {phase.name: np.zeros(0, np.float32) for phase in self.phases}
@@ -976,8 +982,8 @@ class Run:
     def log_preview(self, step):
         """Write the picture after `step` updates; return the preview loss, that of its images."""
         noise = self.settings.noise
-        inputs, outputs, _, metrics = self.evaluate(self.preview_images, noise)
-        loss = float(metrics[0])
+        inputs, outputs, _, (loss, _, _) = self.evaluate(self.preview_images, noise)
+        loss = float(loss)
         self.check_finite(loss)
         rows = [self.preview_images / 255, inputs, outputs] if noise else [inputs, outputs]
         grid = draw_grid(rows, f"step {step:,}   preview loss {loss:.4f}")
@@ -1017,10 +1023,10 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-# These may differ when a run resumes: they name places, and what a data set holds has checksums.
-IGNORED = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset"}
-# These may differ with a warning. Another script may change any number; the others, only the last
-# digits.
+# Settings that only name places may always differ: what a data set holds has checksums.
+PLACES = {"log_dir", "sample_dir", "data_dir", "dataset"}
+# These may differ, with a warning, when a run resumes. Another script may change any number; the
+# others, only the last digits.
 WARNED = {
     "checksum of the script",
     "tensorflow",
@@ -1070,7 +1076,7 @@ def check_config(path, config):
         ) from error
     for name, now in config.items():
         old = before.get(name)
-        if old == now or name in IGNORED:
+        if old == now or name in PLACES | {"run_name"}:  # a run's folder may be renamed
             continue
         message = f"{path.parent} was started with {name} {old}, but it is now {now}"
         is_extended = name == "steps" and config["schedule"] == "constant" and old < now
@@ -1081,8 +1087,8 @@ def check_config(path, config):
 
 
 @contextlib.contextmanager
-def open_and_restore(run, config):
-    """Lock a run, restore its last checkpoint, and open its event files, for a `with` block."""
+def open_run(run, config):
+    """Lock, check and restore a run, and open its event files, for a `with` block."""
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
     config_path = run.log_folder / "config.json"
@@ -1118,9 +1124,19 @@ def compare_workers(config):
     checksums = [zlib.crc32(repr(value).encode()) for value in config.values()]
     columns = gather_from_workers(checksums).T
     for (name, value), column in zip(config.items(), columns, strict=True):
-        may_differ = name in (IGNORED | {"threads"}) and name != "run_name"
-        if len(set(column)) > 1 and not may_differ:
+        if len(set(column)) > 1 and name not in PLACES | {"threads"}:
             raise SettingsError(f"{name} is {value} here, but must be the same for all workers")
+
+
+def is_listening(host, port):
+    """Return whether a worker listens at an address. Raises OSError for a host without address."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except socket.gaierror:  # waiting would not help
+        raise
+    except OSError:
+        return False
 
 
 def wait_for_workers():
@@ -1130,15 +1146,10 @@ def wait_for_workers():
     index = config["task"]["index"]
     if index not in range(len(addresses)):
         raise ValueError(f"there is no worker {index}")
-    _, own_port = addresses.pop(index)
+    _, own_port = addresses[index]
     with socket.create_server(("", int(own_port))):  # for the others to find this worker
-        while addresses:
-            try:
-                socket.create_connection(addresses[-1], timeout=1).close()
-                addresses.pop()
-            except socket.gaierror:  # a wrong name: waiting would not help
-                raise
-            except OSError:  # not there yet
+        for host, port in addresses:
+            while not is_listening(host, port):
                 time.sleep(0.1)
 
 
@@ -1161,7 +1172,7 @@ def connect_workers():
 def configure_tensorflow(settings):
     """Set threads and GPU memory; this must come before any other call of TensorFlow."""
     tf.get_logger().setLevel("ERROR")  # no warnings about retracing
-    keras.utils.clear_session()  # automatic names of layers start over, as in a new process
+    keras.utils.clear_session()  # automatic names, which checkpoints contain, start over
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
@@ -1332,7 +1343,7 @@ def train(settings: Settings) -> dict[str, Any]:
         config = make_config(settings, data)
         compare_workers(config)  # before the model: workers that build different ones hang
         run = Run(settings, data)
-        with open_and_restore(run, config):
+        with open_run(run, config):
             # Workers that do not share --log-dir would resume from different steps.
             compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
             total = sum(phase.steps for phase in run.phases)
@@ -1370,4 +1381,9 @@ def main(settings: Settings) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
-    sys.exit(main(command_line_settings))
+    status = main(command_line_settings)
+    if "TF_CONFIG" in os.environ:
+        sys.exit(status)  # workers disconnect from one another
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+    os._exit(status)  # an orderly shutdown of TensorFlow would take 0.2 seconds
