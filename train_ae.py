@@ -5,7 +5,7 @@
     tensorboard --logdir logs --samples_per_plugin images=1000
 
 Four stride-2 convolutions encode an image, four transposed convolutions decode it, and Adam
-minimizes the squared error, one image per step. The default run takes about ten seconds on two
+minimizes the squared error on one image per step. The default run takes about ten seconds on two
 EPYC cores and reaches a test loss of 0.0144. The model and its training follow a Chinese-language
 article written for TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in
 Python".
@@ -46,7 +46,8 @@ from pydantic import (
 # --------------------------------------------------------------------------------------------------
 # Settings: each one is a command-line option, and its docstring is the help text.
 
-# Of the encoder's convolutions; the decoder mirrors them. Not an option, but it limits `depth`.
+# Channels of the encoder's convolutions; the decoder mirrors them. Not an option: a model's depth
+# is limited by it.
 FILTERS = (16, 32, 64, 128)
 
 
@@ -61,8 +62,8 @@ class RunError(Exception):
 def default_initializer(values: dict[str, Any]) -> str:
     """Return "article" for the article's own model on MNIST, else "glorot".
 
-    With the article's standard deviation of 0.02, a model learns the colours of other pictures very
-    late. pydantic passes the settings that are declared above `initializer`.
+    With the article's standard deviation of 0.02, a model learns the colours of other pictures only
+    after many steps. pydantic passes the settings that are declared above `initializer`.
     """
     # A name as in mnist.npz, or mnist:3.0.1.
     name = re.split("[.:]", Path(values["dataset"]).name)[0]
@@ -89,11 +90,11 @@ class Settings(BaseModel):
     learning_rate: PositiveFloat = 0.001
     """learning rate of Adam"""
     schedule: Literal["constant", "cosine"] = "constant"
-    """how the learning rate changes over a run: constant, or cosine, which falls to 0"""
+    """learning rate of a phase: constant, or cosine, which falls to 0 at its end"""
     depth: int = Field(default=len(FILTERS), ge=1, le=len(FILTERS))
     """convolutions of the encoder, and of the decoder"""
     latent_dim: CountOrZero = 0
-    """size of the latent, or 0 for the output of the last convolution"""
+    """size of the latent, or 0 to use the output of the last convolution as the latent"""
     tied: bool = False
     """give each layer of the decoder the kernel of its mirrored layer in the encoder"""
     pretrain_steps: CountOrZero = 0
@@ -106,7 +107,8 @@ class Settings(BaseModel):
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
     # Must stay below dataset and latent_dim, on which its default depends.
     initializer: Literal["article", "glorot"] = Field(default_factory=default_initializer)
-    """initial weights, article or glorot (default: article for MNIST without --latent-dim)"""
+    """initial weights of the convolutions, article or glorot (default: article for MNIST without
+    --latent-dim)"""
     seed: CountOrZero = 0
     """seed of the initial weights, the order of the images, and the noise"""
     sample_every: Count = 50
@@ -136,7 +138,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         usage="python train_ae.py [options]",
         allow_abbrev=False,
     )
-    # argparse would print the usage first.
+    # One line, and without the usage.
     parser.error = lambda text: parser.exit(2, f"train_ae.py: {' '.join(text.split())}\n")
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
@@ -300,13 +302,13 @@ def reconstruction_loss(images: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
 class FusedAdam(keras.optimizers.Adam):
     """Adam (Kingma & Ba 2015) as TensorFlow's fused operation: 25% less time per step.
 
-    Overrides update_step(), which Keras does not document; written for Keras 3.15.
+    Uses _momentums, _velocities and _get_variable_index(), which are Keras's own; written for 3.15.
     """
 
     def update_step(self, gradient, variable, learning_rate):
         """Update a variable and its first and second moments."""
         index = self._get_variable_index(variable)
-        # `variable` is TensorFlow's; Keras's own, such as the moments, have one as `value`.
+        # `variable` is a tf.Variable; Keras's variables, such as the moments, hold one as `value`.
         step = tf.cast(self.iterations.value + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -327,10 +329,13 @@ class FusedAdam(keras.optimizers.Adam):
 
 
 class Phase(NamedTuple):
-    """A stage of a run: `model` learns to reconstruct the output of `frozen` for the images."""
+    """A stage of a run: `model` learns to reconstruct what `frozen` makes of the images.
+
+    With noise, its inputs are what `frozen` makes of the noisy images.
+    """
 
     name: str  # "train", or "pretrain/" and the name of a layer
-    frozen: keras.Model  # the layers of the encoder before `model`; in "train", none: the identity
+    frozen: keras.Model  # the layers of the encoder before `model`; the identity in "train"
     model: keras.Model
     loss: Callable  # of targets and outputs
     steps: int
@@ -357,8 +362,9 @@ def plan_phases(autoencoder, tensor_pairs, settings):
     phases = []
     if settings.pretrain_steps:
         for (outer, outer_restored), (inner, inner_restored) in pairwise(tensor_pairs):
-            encode = keras.Model(outer, inner)  # one layer of the encoder
-            decode = keras.Model(inner_restored, outer_restored)  # and its mirror
+            # One layer of the encoder, to the inner tensor, and its mirror, back to the outer one.
+            encode = keras.Model(outer, inner)
+            decode = keras.Model(inner_restored, outer_restored)
             phase = make_phase(
                 name=f"pretrain/{encode.layers[-1].name}",
                 frozen=keras.Model(images, outer),
@@ -442,7 +448,10 @@ def add_noise(images, stddev, seed, step):
 
 
 def update_weights(phase, inputs, targets, settings, replicas):
-    """Update the weights with one replica's share of a batch; return its share of the loss."""
+    """Update the weights with one replica's share of a batch; return its share of the loss.
+
+    The shares of all replicas are summed: those of the loss by the caller.
+    """
     variables = phase.model.trainable_variables
     with tf.GradientTape() as tape:
         loss = phase.loss(targets, phase.model(inputs, training=True)) / replicas
@@ -460,6 +469,8 @@ def make_train_steps(phase, images, settings, writer):
 
     `images` is the whole training set, uint8. One call runs many steps, and writes their summaries:
     Keras's fit(), or one call per step, would take several times as long for one small image.
+
+    train_steps() calls train_step(), which calls replica_step() on each device.
     """
     strategy = tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
@@ -469,16 +480,14 @@ def make_train_steps(phase, images, settings, writer):
         share = slice(replica, None, replicas)  # the rows of a batch that this replica takes
         with tf.device("CPU:0"):  # the training set stays there: only a share goes to a GPU
             indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
-            batch = to_float(tf.gather(images, indices))
-            # For the whole batch, so that it does not depend on the number of replicas. TensorFlow
-            # leaves it out where it is not used.
-            noisy = add_noise(batch, settings.noise, settings.seed, step)
-            batch = batch[share]
-            noisy = noisy[share]
-        targets = phase.frozen(batch, training=False)
-        inputs = targets
-        if settings.noise:
-            inputs = phase.frozen(noisy, training=False)
+            clean = to_float(tf.gather(images, indices))
+            noisy = clean
+            if settings.noise:  # for the whole batch: whatever the number of replicas
+                noisy = add_noise(clean, settings.noise, settings.seed, step)
+            clean_share = clean[share]
+            noisy_share = noisy[share]
+        targets = phase.frozen(clean_share, training=False)
+        inputs = phase.frozen(noisy_share, training=False)
         return update_weights(phase, inputs, targets, settings, replicas)
 
     def train_step(step):
@@ -495,7 +504,7 @@ def make_train_steps(phase, images, settings, writer):
     # AutoGraph would take a second, and find nothing to convert.
     @tf.function(input_signature=[tf.TensorSpec((), tf.int64)] * 2, autograph=False)
     def train_steps(first, stop):
-        with writer.as_default():  # flushes at the end
+        with writer.as_default():  # the graph flushes the events at the end of each call
             return tf.map_fn(
                 train_step,
                 tf.range(first, stop),
@@ -553,6 +562,8 @@ def open_picture(path):
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises many errors for broken files
         return None
 
@@ -562,12 +573,12 @@ def read_folder(folder, settings):
 
     Raises SettingsError if there are no pictures.
     """
-    # What a run writes is not data, even if the folder is itself log_dir or sample_dir.
-    written = [settings.log_dir, settings.sample_dir]
-    written += [path / settings.run_name for path in written]
-    excluded = {path.resolve() for path in written}
+    # What runs write is not data.
+    excluded = {settings.log_dir.resolve(), settings.sample_dir.resolve()}
+    if folder.resolve() in excluded:
+        raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
     test_split = find_test_split([path.name for path in folder.iterdir() if path.is_dir()])
-    splits = ["."]
+    splits = ["."]  # the folder itself
     if test_split:
         splits = ["train", test_split]
         unused = [path.name for path in sorted(folder.iterdir()) if path.name not in splits]
@@ -629,7 +640,8 @@ def read_tfds(name, data_dir):
         raise SettingsError(
             f"{name!r} is not a folder, a .npz or .npy file, or a TFDS image dataset: {error}"
         ) from error
-    to_name = getattr(features.get("label"), "int2str", str)  # str for labels without names
+    # Labels without names are numbers or texts.
+    to_name = getattr(features.get("label"), "int2str", tf.compat.as_str_any)
     wanted = {key: True for key in ("image", "label") if key in features}
     decoders = tfds.decode.PartialDecoding(wanted)
     batch_size = 1000 if is_one_size else 1  # batches are three times faster
@@ -647,6 +659,8 @@ def read_tfds(name, data_dir):
                     is_unlabelled = np.array_equal(label, -1)  # as in many test splits
                     name = "" if is_unlabelled else to_name(label)
                     yield image, split == test_split, name, ""
+    except MemoryError:
+        raise
     except Exception as error:  # TFDS and the network raise many others
         raise RunError(
             f"{name} in {builder.data_dir} cannot be read, or downloaded: see README.md about"
@@ -689,7 +703,7 @@ def read_images(settings):
     """Return all images, (n, height, width, channels) uint8, and (is_test, label, file) of each."""
     images = []
     details = []
-    # The range and the types of all images, before resizing:
+    # Of all images: range and type before resizing, and shape after it.
     low = np.inf
     high = -np.inf
     kinds = set()
@@ -712,73 +726,89 @@ def read_images(settings):
     images = to_eight_bits(np.stack(images), low, high)
     if (images == images[..., :1]).all():  # grey, even if saved as RGB
         images = images[..., :1]
-    return np.ascontiguousarray(images), details  # as checksums need them
+    return np.ascontiguousarray(images), details  # checksums need contiguous memory
 
 
 def load_data(settings: Settings) -> Data:
-    """Return the images of a run. Raises SettingsError, and RunError for a download that fails."""
+    """Return the images of a run; without a test split, a random tenth is for testing.
+
+    Raises SettingsError, and RunError for a download that fails.
+    """
     images, details = read_images(settings)
     is_test, labels, files = map(np.array, zip(*details, strict=True))
-    train = np.flatnonzero(~is_test)
-    test = np.flatnonzero(is_test)
-    if len(test) == 0:
+    train_rows = np.flatnonzero(~is_test)
+    test_rows = np.flatnonzero(is_test)
+    if len(test_rows) == 0:
         order = np.random.default_rng(settings.seed).permutation(len(images))
-        train, test = np.split(order, [len(images) * 9 // 10])
-    if settings.batch_size > len(train):
+        train_rows, test_rows = np.split(order, [len(images) * 9 // 10])
+    if settings.batch_size > len(train_rows):
         raise SettingsError(
-            f"{settings.dataset} has {len(train):,} training images, too few for --batch-size"
+            f"{settings.dataset} has {len(train_rows):,} training images, too few for --batch-size"
             f" {settings.batch_size}"
         )
     classes, labels = np.unique(labels, return_inverse=True)
-    return Data(images[train], images[test], labels[test], classes.astype(str), files[test])
+    return Data(
+        train=images[train_rows],
+        test=images[test_rows],
+        labels=labels[test_rows],
+        classes=classes.astype(str),
+        files=files[test_rows],
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # Metrics
 
 
-METRICS = ("test_loss", "squared_error", "psnr")
-
-
 def make_evaluate(autoencoder, seed):
-    """Return a compiled function, evaluate(images, stddev): it adds noise to uint8 images, and
-    returns inputs, outputs, latents and METRICS.
+    """Return a compiled function, evaluate(images, stddev, step): it returns the inputs, which are
+    the uint8 images with the noise of a step, the outputs, the latents, and the metrics.
 
-    METRICS are means over the images: the loss; the squared error, summed over an image; and the
-    PSNR of outputs clipped to [0, 1], in dB, at most 100.
+    The metrics are means over the images: the loss; the squared error, summed over an image; and
+    the PSNR of outputs clipped to [0, 1], in dB, at most 100.
     """
     encoder = autoencoder.get_layer("encoder")
     decoder = autoencoder.get_layer("decoder")
     _, height, width, _ = autoencoder.input_shape
-    specs = [tf.TensorSpec(autoencoder.input_shape, tf.uint8), tf.TensorSpec((), tf.float32)]
+    signature = [
+        tf.TensorSpec(autoencoder.input_shape, tf.uint8),
+        tf.TensorSpec((), tf.float32),
+        tf.TensorSpec((), tf.int64),
+    ]
 
-    @tf.function(input_signature=specs, autograph=False)
-    def evaluate(images, stddev):
+    @tf.function(input_signature=signature, autograph=False)
+    def evaluate(images, stddev, step):
         targets = to_float(images)
-        inputs = add_noise(targets, stddev, seed, step=-1)  # no training step has this noise
+        inputs = add_noise(targets, stddev, seed, step)
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
-        loss = reconstruction_loss(targets, outputs)
-        error = squared_error_per_pixel(targets, outputs) * height * width
         psnr = tf.image.psnr(targets, tf.clip_by_value(outputs, 0, 1), max_val=1)
-        metrics = [loss, error, tf.reduce_mean(tf.minimum(psnr, 100))]
+        metrics = {
+            "test_loss": reconstruction_loss(targets, outputs),
+            "squared_error": squared_error_per_pixel(targets, outputs) * height * width,
+            "psnr": tf.reduce_mean(tf.minimum(psnr, 100)),
+        }
         return inputs, outputs, latents, metrics
 
     return evaluate
 
 
 def compute_metrics(evaluate, images, stddev=0):
-    """Return METRICS of all images, by name, and their latents."""
+    """Return the metrics of all images, and their latents."""
     latents = []
     metrics = []
     # About 100,000 values at once: larger batches need more memory, and are not faster.
     batches = np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
-    for batch in tqdm(batches, "testing", delay=2, disable=None):
-        _, _, batch_latents, batch_metrics = evaluate(batch, stddev)
+    for number, batch in enumerate(tqdm(batches, "testing", delay=2, disable=None), start=1):
+        # No training step has a negative number, and so this noise.
+        _, _, batch_latents, batch_metrics = evaluate(batch, stddev, -number)
         latents.append(batch_latents)
         metrics.append(batch_metrics)
-    means = np.average(metrics, axis=0, weights=[len(batch) for batch in batches])
-    return dict(zip(METRICS, means.tolist(), strict=True)), np.concatenate(latents)
+    sizes = [len(batch) for batch in batches]
+    means = tf.nest.map_structure(
+        lambda *values: float(np.average(values, weights=sizes)), *metrics
+    )
+    return means, np.concatenate(latents)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -843,6 +873,7 @@ def draw_grid(rows, title):
     """Return a picture of rows of images, each (n, height, width, channels) in [0, 1]."""
     pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
     zoom = max(1, 100 // max(pixels.shape[2:4]))  # small images are enlarged to 100 pixels
+    # Of rows, images, height, width and channels.
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
@@ -866,6 +897,8 @@ def draw_animation(paths, path):
             frames.append(Image.open(paths[index]).point(lambda value: value // 16 * 17))
         except (OSError, SyntaxError) as error:  # Pillow raises either for damaged files
             print(f"warning  {path} is made without {paths[index]}: {error}")
+    if not frames:
+        return
     times = [300] * (len(frames) - 1) + [3000]  # ms
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     write_atomically(path, lambda part: frames[0].save(part, **options))
@@ -916,10 +949,11 @@ class Run:
         self.evaluate = make_evaluate(self.autoencoder, settings.seed)
         self.preview_images = choose_preview_images(data)
         optimizers = [phase.optimizer for phase in self.phases]
-        variables = chain.from_iterable(part.variables for part in [self.autoencoder, *optimizers])
+        owners = [self.autoencoder, *optimizers]
+        variables = chain.from_iterable(owner.variables for owner in owners)
         # Paths are unique, since Keras numbers the optimizers.
         self.variables = {variable.path: variable for variable in variables}
-        # The losses of all steps so far: their number is the step to resume from.
+        # The losses of all steps so far: how many there are is the step to resume from.
         self.losses = {phase.name: np.zeros(0, np.float32) for phase in self.phases}
         self.preview_losses = {}  # by step
 
@@ -950,9 +984,9 @@ class Run:
 
     def open_writers(self):
         """Open TensorBoard's event files, and write the model's graph."""
-        self.writers = {name: open_writer(self.log_folder / name) for name in self.losses}
-        self.preview_writer = open_writer(self.log_folder / "preview")
-        with self.preview_writer.as_default():
+        names = [*self.losses, "preview"]
+        self.writers = {name: open_writer(self.log_folder / name) for name in names}
+        with self.writers["preview"].as_default():
             tf.summary.graph(self.evaluate.get_concrete_function().graph)
 
     def check_finite(self, values):
@@ -982,8 +1016,8 @@ class Run:
     def log_preview(self, step):
         """Write the picture after `step` updates; return the preview loss, that of its images."""
         noise = self.settings.noise
-        inputs, outputs, _, (loss, _, _) = self.evaluate(self.preview_images, noise)
-        loss = float(loss)
+        inputs, outputs, _, metrics = self.evaluate(self.preview_images, noise, -1)
+        loss = float(metrics["test_loss"])
         self.check_finite(loss)
         rows = [self.preview_images / 255, inputs, outputs] if noise else [inputs, outputs]
         grid = draw_grid(rows, f"step {step:,}   preview loss {loss:.4f}")
@@ -991,7 +1025,7 @@ class Run:
         grid.save(png, "png", compress_level=1)  # the default takes twice the time
         path = self.sample_folder / f"step_{step:05}.png"
         write_atomically(path, lambda part: part.write_bytes(png.getvalue()))
-        with self.preview_writer.as_default(step=step):
+        with self.writers["preview"].as_default(step=step):
             tf.summary.scalar("loss", loss)
             # Width, height, encoded file. tf.summary.image would take half a second more per run.
             image = [str(grid.width), str(grid.height), png.getvalue()]
@@ -1023,10 +1057,10 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-# Settings that only name places may always differ: what a data set holds has checksums.
+# Names of places may always differ: data are compared by checksum.
 PLACES = {"log_dir", "sample_dir", "data_dir", "dataset"}
-# These may differ, with a warning, when a run resumes. Another script may change any number; the
-# others, only the last digits.
+# These may differ, with a warning, when a run resumes. A changed script may change every number;
+# the others change only the last digits.
 WARNED = {
     "checksum of the script",
     "tensorflow",
@@ -1110,7 +1144,7 @@ def open_run(run, config):
 
 
 def gather_from_workers(numbers):
-    """Return the numbers of all workers, (replicas, n) int64, once all of them have arrived."""
+    """Return each worker's numbers, (replicas, n) int64, once all of them have arrived."""
     strategy = tf.distribute.get_strategy()
     row = tf.constant([numbers], tf.int64)
     rows = strategy.experimental_distribute_values_from_function(lambda _: row)
@@ -1123,13 +1157,14 @@ def compare_workers(config):
         return
     checksums = [zlib.crc32(repr(value).encode()) for value in config.values()]
     columns = gather_from_workers(checksums).T
+    may_differ = PLACES | {"threads"}  # machines may have more or fewer cores
     for (name, value), column in zip(config.items(), columns, strict=True):
-        if len(set(column)) > 1 and name not in PLACES | {"threads"}:
+        if len(set(column)) > 1 and name not in may_differ:
             raise SettingsError(f"{name} is {value} here, but must be the same for all workers")
 
 
 def is_listening(host, port):
-    """Return whether a worker listens at an address. Raises OSError for a host without address."""
+    """Return whether a worker listens at an address. Raises OSError for an unknown host."""
     try:
         socket.create_connection((host, port), timeout=1).close()
         return True
@@ -1164,13 +1199,13 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    # TensorFlow's C++ code has replaced the handler: install it again.
+    # TensorFlow's C++ code has replaced the handler that Python still knows: install it again.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
 
 def configure_tensorflow(settings):
-    """Set threads and GPU memory; this must come before any other call of TensorFlow."""
+    """Set threads and GPU memory; this must come before TensorFlow creates its devices."""
     tf.get_logger().setLevel("ERROR")  # no warnings about retracing
     keras.utils.clear_session()  # automatic names, which checkpoints contain, start over
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
@@ -1248,7 +1283,7 @@ def stop_if_asked(run, signals):
 
 
 def report_and_preview(phase, run, bar):
-    """Show the mean of the last losses; in training, also write a preview and show its loss."""
+    """Show the mean of the last 50 losses; in training, also write a preview and show its loss."""
     losses = run.losses[phase.name]
     step = len(losses)
     text = f"loss {losses[-50:].mean():.4f}  " if step else ""
@@ -1272,6 +1307,7 @@ def fit_phase(phase, images, run, bar, signals):
     intervals = (steps_per_call, settings.sample_every, settings.checkpoint_every)
     step = len(run.losses[phase.name])  # restored, if the run resumes
     while step < phase.steps:
+        stop_if_asked(run, signals)
         if step % settings.sample_every == 0:
             report_and_preview(phase, run, bar)
         # Run to the next multiple of any interval, or to the last step.
@@ -1284,22 +1320,22 @@ def fit_phase(phase, images, run, bar, signals):
         step = stop
         if step % settings.checkpoint_every == 0 and step < phase.steps:
             run.save()
-        stop_if_asked(run, signals)
     report_and_preview(phase, run, bar)
     run.save()
 
 
 def fit(run, bar):
     """Train all phases. A signal saves the run and ends the process."""
-    with tf.device("CPU:0"):  # otherwise they would go to the first GPU
+    with tf.device("CPU:0"):  # otherwise the images would go to the first GPU
         images = tf.constant(run.data.train)
     with postpone_signals() as signals:
         for phase in run.phases:
-            fit_phase(phase, images, run, bar, signals)
-        stop_if_asked(run, signals)
+            if len(run.losses[phase.name]) < phase.steps:  # else finished before a resume
+                fit_phase(phase, images, run, bar, signals)
+        stop_if_asked(run, signals)  # for a signal during the last report
 
 
-def print_overview(run, total):
+def print_overview(run, done, total):
     """Print what a run uses, and where its results are."""
     settings = run.settings
     train = run.data.train
@@ -1313,8 +1349,8 @@ def print_overview(run, total):
     print(f"weights  {settings.initializer} initial weights")
     epochs = settings.steps * settings.batch_size / len(train)
     print(f"steps    {settings.steps:,} x {settings.batch_size:,} images = {epochs:.3g} epochs")
-    if run.steps_done():
-        print(f"resumes  after step {run.steps_done():,} of {total:,}")
+    if done:
+        print(f"resumes  after step {done:,} of {total:,}")
     print(f"writes   {run.log_folder} and {run.sample_folder}")
     folder = shlex.quote(str(settings.log_dir))
     print(f"view     tensorboard --logdir {folder} --samples_per_plugin images=1000", flush=True)
@@ -1344,11 +1380,11 @@ def train(settings: Settings) -> dict[str, Any]:
         compare_workers(config)  # before the model: workers that build different ones hang
         run = Run(settings, data)
         with open_run(run, config):
-            # Workers that do not share --log-dir would resume from different steps.
-            compare_workers({"the last checkpoint in --log-dir": run.steps_done()})
-            total = sum(phase.steps for phase in run.phases)
-            print_overview(run, total)
             done = run.steps_done()
+            total = sum(phase.steps for phase in run.phases)
+            # Workers that do not share --log-dir would resume from different steps.
+            compare_workers({"the last checkpoint in --log-dir": done})
+            print_overview(run, done, total)
             with tqdm(total=total, initial=done, disable=None, file=sys.stdout) as bar:
                 fit(run, bar)
             metrics = run.finish()
@@ -1366,7 +1402,8 @@ def main(settings: Settings) -> int:
         return 0
     except (SettingsError, RunError, OSError) as error:
         message = str(error) or repr(error)
-        status = 2 if isinstance(error, SettingsError) else 1
+        if isinstance(error, SettingsError):
+            status = 2
     except (MemoryError, tf.errors.ResourceExhaustedError):
         message = "out of memory: use a smaller --batch-size or --image-size"
     except (tf.errors.UnavailableError, tf.errors.AbortedError):
@@ -1383,7 +1420,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     status = main(command_line_settings)
     if "TF_CONFIG" in os.environ:
-        sys.exit(status)  # workers disconnect from one another
-    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.exit(status)  # an orderly exit lets workers disconnect
+    with contextlib.suppress(OSError):  # the reader of a pipe may be gone
         sys.stdout.flush()
-    os._exit(status)  # an orderly shutdown of TensorFlow would take 0.2 seconds
+    os._exit(status)  # an orderly exit would take 0.2 seconds more

@@ -439,6 +439,22 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
     assert re.search(said, refuse("set"))
 
 
+@pytest.mark.parametrize("option", ["--log-dir", "--sample-dir"])
+def test_folder_that_runs_write_into_is_refused(option, refuse, tmp_path):
+    save(tmp_path / "set" / "a.png", SMALL[0])
+    assert "runs write into set" in refuse("set", f"{option}=./set")
+
+
+def test_picture_too_large_for_the_memory_is_not_skipped(refuse, tmp_path, monkeypatch):
+    save(tmp_path / "set" / "a.png", SMALL[0])
+
+    def run_out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(train_ae.Image, "open", run_out_of_memory)
+    assert "out of memory" in refuse("set", status=1)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

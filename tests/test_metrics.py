@@ -49,9 +49,12 @@ def compute(images, outputs):
 
 
 def add_noise(images):
-    """Return images with the noise of the metrics: the same in each batch, which has 125 digits."""
-    noise = tf.random.stateless_normal(images[:125].shape, [0, -1], stddev=0.4)
-    return np.clip(images + np.resize(noise, images.shape), 0, 1)
+    """Return images with the noise of the metrics, which compute it for 125 digits at a time."""
+    noisy = []
+    for number, batch in enumerate(np.array_split(images, -(-len(images) // 125)), start=1):
+        noise = tf.random.stateless_normal(batch.shape, [0, -number], stddev=0.4)
+        noisy.append(np.clip(batch + noise, 0, 1))
+    return np.concatenate(noisy)
 
 
 def project(train, points):

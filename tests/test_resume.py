@@ -24,7 +24,6 @@ from helpers import (
     said,
     send,
 )
-from PIL import Image
 
 from train_ae import Settings
 
@@ -331,11 +330,11 @@ def test_a_run_begun_anew_has_no_pictures_of_the_one_before(run, job):
 def test_pictures_of_a_finished_run_may_go_elsewhere(run, job):
     status, errors, output = job(*SHORT, "--sample-dir", "elsewhere")
     assert (status, errors) == (0, [])
-    assert len(warnings(output, "elsewhere/x/step_00000.png")) == 1
-    for name in ("step_00100.png", "summary.png"):
-        assert Path("elsewhere/x", name).read_bytes() == (run.samples / name).read_bytes()
-    with Image.open("elsewhere/x/training.gif") as animation:
-        assert animation.n_frames == 1
+    for step in ("00000", "00050", "00100"):
+        assert (
+            len(warnings(output, f"training.gif is made without elsewhere/x/step_{step}.png")) == 1
+        )
+    assert [path.name for path in Path("elsewhere/x").iterdir()] == ["summary.png"]
 
 
 # --------------------------------------------------------------------------------------------------

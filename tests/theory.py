@@ -63,14 +63,15 @@ def compare(targets, outputs):
 def examine(model, settings, images):
     """Return the mean of each metric over all images, (n, height, width, channels) uint8."""
     means = Counter()
-    for batch in np.array_split(images, min(len(images), -(-images.size // 100_000))):
+    batches = np.array_split(images, min(len(images), -(-images.size // 100_000)))
+    for number, batch in enumerate(batches, start=1):
         targets = batch / np.float32(255)
         outputs = model.predict_on_batch(targets)
         loss = train_ae.reconstruction_loss(targets, outputs)
         metrics = {"test loss": len(batch) * loss} | compare(targets, outputs)
         if settings.noise:
-            # As in the pictures.
-            inputs = train_ae.add_noise(targets, settings.noise, settings.seed, step=-1)
+            # As in the metrics of the run.
+            inputs = train_ae.add_noise(targets, settings.noise, settings.seed, step=-number)
             metrics["PSNR (dB) of noisy inputs"] = psnr(targets, inputs)
             metrics["PSNR (dB) from noisy inputs"] = psnr(targets, model.predict_on_batch(inputs))
         for name, values in metrics.items():
