@@ -1143,6 +1143,11 @@ def open_run(run, config):
 # Devices, and several machines
 
 
+def has_workers():
+    """Return whether this process is one of several workers."""
+    return "TF_CONFIG" in os.environ
+
+
 def gather_from_workers(numbers):
     """Return each worker's numbers, (replicas, n) int64, once all of them have arrived."""
     strategy = tf.distribute.get_strategy()
@@ -1152,8 +1157,8 @@ def gather_from_workers(numbers):
 
 
 def compare_workers(config):
-    """Raise SettingsError if the workers, if any, have different configs."""
-    if "TF_CONFIG" not in os.environ:
+    """Raise SettingsError if there are workers and their configs differ."""
+    if not has_workers():
         return
     checksums = [zlib.crc32(repr(value).encode()) for value in config.values()]
     columns = gather_from_workers(checksums).T
@@ -1228,7 +1233,7 @@ def make_strategy(settings):
     Raises SettingsError if the batch size is not a multiple of the number of replicas.
     """
     gpus = tf.config.list_physical_devices("GPU")
-    if "TF_CONFIG" in os.environ:
+    if has_workers():
         strategy = connect_workers()
     elif len(gpus) > 1 and settings.batch_size > 1:  # one image cannot be split
         strategy = tf.distribute.MirroredStrategy()
@@ -1271,7 +1276,7 @@ def postpone_signals():
 def stop_if_asked(run, signals):
     """Save the run and end the process if it, or another worker, has received a signal."""
     number = signals[0] if signals else 0
-    if "TF_CONFIG" in os.environ:  # all workers must stop after the same step
+    if has_workers():  # all workers must stop after the same step
         number = int(gather_from_workers([number]).max())
     if number:
         run.save()
@@ -1419,7 +1424,7 @@ def main(settings: Settings) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     status = main(command_line_settings)
-    if "TF_CONFIG" in os.environ:
+    if has_workers():
         sys.exit(status)  # an orderly exit lets workers disconnect
     with contextlib.suppress(OSError):  # the reader of a pipe may be gone
         sys.stdout.flush()
