@@ -5,17 +5,17 @@
     tensorboard --logdir logs --samples_per_plugin images=1000
 
 Four stride-2 convolutions encode an image, four transposed convolutions decode it, and Adam
-minimizes the squared error on one image per step. The default run takes about ten seconds on two
-EPYC cores and reaches a test loss of 0.0144. The model and its training follow a Chinese-language
-article written for TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in
-Python".
+minimizes the squared error, by default of one image per step. The default run takes about ten
+seconds on two EPYC cores and reaches a test loss of 0.0144. The model and its training follow a
+Chinese-language article written for TensorFlow 1, "Rebuilding images with autoencoders, and an
+implementation in Python".
 
 To resume a run that ended for any reason, even kill -9, repeat its command with --run-name and the
 name of its folder in logs. The results are the same as without the interruption.
 
 Sections: settings, model, objective, optimizer, phases, tied kernels, training step, data, metrics,
-files and pictures, the run, resuming, devices, training. The method comes first, and train(), near
-the end, is the story of a run.
+files and pictures, the run, resuming, devices, training. The method comes first; train(), near the
+end, shows a whole run.
 """
 
 import argparse
@@ -46,8 +46,7 @@ from pydantic import (
 # --------------------------------------------------------------------------------------------------
 # Settings: each one is a command-line option, and its docstring is the help text.
 
-# Channels of the encoder's convolutions; the decoder mirrors them. Not an option: a model's depth
-# is limited by it.
+# Channels of the encoder's convolutions, of which --depth uses the first; the decoder mirrors them.
 FILTERS = (16, 32, 64, 128)
 
 
@@ -65,7 +64,7 @@ def default_initializer(values: dict[str, Any]) -> str:
     With the article's standard deviation of 0.02, a model learns the colours of other pictures only
     after many steps. pydantic passes the settings that are declared above `initializer`.
     """
-    # A name as in mnist.npz, or mnist:3.0.1.
+    # "mnist" of mnist.npz, or of mnist:3.0.1.
     name = re.split("[.:]", Path(values["dataset"]).name)[0]
     is_mnist = name in ("mnist", "mnist_5k")
     return "article" if is_mnist and values["latent_dim"] == 0 else "glorot"
@@ -90,11 +89,11 @@ class Settings(BaseModel):
     learning_rate: PositiveFloat = 0.001
     """learning rate of Adam"""
     schedule: Literal["constant", "cosine"] = "constant"
-    """learning rate of a phase: constant, or cosine, which falls to 0 at its end"""
+    """learning rate: constant, or cosine, which falls to 0 by the end of each training"""
     depth: int = Field(default=len(FILTERS), ge=1, le=len(FILTERS))
     """convolutions of the encoder, and of the decoder"""
     latent_dim: CountOrZero = 0
-    """size of the latent, or 0 to use the output of the last convolution as the latent"""
+    """size of the latent vector, or 0 to use the output of the last convolution as the latent"""
     tied: bool = False
     """give each layer of the decoder the kernel of its mirrored layer in the encoder"""
     pretrain_steps: CountOrZero = 0
@@ -160,9 +159,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 if __name__ == "__main__":
     # Help and errors need not wait for the imports below, which take seconds.
     command_line_settings = parse_arguments()
-    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails with an unknown one
+    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails if a user's is unknown
 
-# oneDNN is four times slower on one small image.
+# oneDNN is four times slower on one small image. For large batches, set the variable to 1.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json says
@@ -238,7 +237,7 @@ def build_decoder(encoded, settings):
         shape = encoded[-2].shape[1:]
         expand = layers.Dense(math.prod(shape), activation="leaky_relu", name="expand")
         restored.append(layers.Reshape(shape)(expand(restored[-1])))
-    inputs_of_convolutions = encoded[: settings.depth]
+    inputs_of_convolutions = encoded[: settings.depth]  # the images, the output of conv1, …
     for number, to_restore in enumerate(reversed(inputs_of_convolutions), start=1):
         _, height, width, channels = to_restore.shape
         layer = layers.Conv2DTranspose(
@@ -264,7 +263,7 @@ def build_autoencoder(
     The autoencoder maps (batch, *image_shape) float32 in [0, 1] to the same shape in (-1, 1), and
     consists of two models, "encoder" and "decoder". Each convolution halves height and width,
     rounding up; `latent_dim` adds a fully connected layer. The pairs for a depth of 2: images and
-    output; the outputs of conv1 and deconv1; the output of conv2 and the decoder's input.
+    output; the outputs of conv1 and deconv1; and the latent and the decoder's input.
     """
     encoded = build_encoder(image_shape, settings)
     restored = build_decoder(encoded, settings)
@@ -308,8 +307,8 @@ class FusedAdam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         """Update a variable and its first and second moments."""
         index = self._get_variable_index(variable)
-        # `variable` is a tf.Variable; Keras's variables, such as the moments, hold one as `value`.
         step = tf.cast(self.iterations.value + 1, tf.float32)
+        # `variable` is a tf.Variable; Keras's variables, such as the moments, hold one as `value`.
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
@@ -432,7 +431,7 @@ def batch_indices(step, batch_size, count, seed):
         index=position % count,
         seed=seeds,
         max_index=tf.constant(count - 1, tf.int64),
-        rounds=4 if count >= 4000 else 8,  # 4, the default, hardly shuffles a small set
+        rounds=4 if count >= 4000 else 8,  # 4 rounds, the default, hardly shuffle a small set
     )
 
 
@@ -441,16 +440,25 @@ def to_float(images):
     return tf.cast(images, tf.float32) / 255
 
 
-def add_noise(images, stddev, seed, step):
+def add_noise(images, stddev, seed, number):
     """Return images in [0, 1] with Gaussian noise, a pure function of the arguments, clipped."""
-    noise = tf.random.stateless_normal(tf.shape(images), [seed, step], stddev=stddev)
+    noise = tf.random.stateless_normal(tf.shape(images), [seed, number], stddev=stddev)
     return tf.clip_by_value(images + noise, 0, 1)
+
+
+def make_batch(images, step, settings):
+    """Return the clean and the noisy images of a step, (batch, height, width, channels) each."""
+    indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
+    clean = to_float(tf.gather(images, indices))
+    if not settings.noise:
+        return clean, clean
+    return clean, add_noise(clean, settings.noise, settings.seed, step)
 
 
 def update_weights(phase, inputs, targets, settings, replicas):
     """Update the weights with one replica's share of a batch; return its share of the loss.
 
-    The shares of all replicas are summed: those of the loss by the caller.
+    Shares are summed over the replicas: gradients by the optimizer, losses by the caller.
     """
     variables = phase.model.trainable_variables
     with tf.GradientTape() as tape:
@@ -459,7 +467,7 @@ def update_weights(phase, inputs, targets, settings, replicas):
     if settings.tied:  # the kernel that both layers use gets the sum of their gradients
         for encoder_index, decoder_index in pair_kernels(variables):
             gradients[encoder_index] += mirror(gradients[decoder_index])
-    phase.optimizer.apply(gradients, variables)  # sums the gradients of all replicas
+    phase.optimizer.apply(gradients, variables)
     return loss
 
 
@@ -477,15 +485,11 @@ def make_train_steps(phase, images, settings, writer):
 
     def replica_step(step):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        share = slice(replica, None, replicas)  # the rows of a batch that this replica takes
         with tf.device("CPU:0"):  # the training set stays there: only a share goes to a GPU
-            indices = batch_indices(step, settings.batch_size, len(images), settings.seed)
-            clean = to_float(tf.gather(images, indices))
-            noisy = clean
-            if settings.noise:  # for the whole batch: whatever the number of replicas
-                noisy = add_noise(clean, settings.noise, settings.seed, step)
-            clean_share = clean[share]
-            noisy_share = noisy[share]
+            # Drawn for the whole batch, the noise does not depend on the number of replicas.
+            clean, noisy = make_batch(images, step, settings)
+            clean_share = clean[replica::replicas]
+            noisy_share = noisy[replica::replicas]
         targets = phase.frozen(clean_share, training=False)
         inputs = phase.frozen(noisy_share, training=False)
         return update_weights(phase, inputs, targets, settings, replicas)
@@ -495,7 +499,7 @@ def make_train_steps(phase, images, settings, writer):
         if settings.tied:
             tie_kernels(phase.model.trainable_variables)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
-            # "train" and "preview" share a tag, and so a chart. Pretraining has another one, since
+            # Training and previews share a tag, and so a chart. Pretraining has another one, since
             # its steps also start at 0.
             tag = "loss" if phase.name == "train" else "loss/pretraining"
             tf.summary.scalar(tag, loss, step)
@@ -504,7 +508,7 @@ def make_train_steps(phase, images, settings, writer):
     # AutoGraph would take a second, and find nothing to convert.
     @tf.function(input_signature=[tf.TensorSpec((), tf.int64)] * 2, autograph=False)
     def train_steps(first, stop):
-        with writer.as_default():  # the graph flushes the events at the end of each call
+        with writer.as_default():  # leaving this block adds a flush to the graph: one per call
             return tf.map_fn(
                 train_step,
                 tf.range(first, stop),
@@ -577,8 +581,9 @@ def read_folder(folder, settings):
     excluded = {settings.log_dir.resolve(), settings.sample_dir.resolve()}
     if folder.resolve() in excluded:
         raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
-    test_split = find_test_split([path.name for path in folder.iterdir() if path.is_dir()])
-    splits = ["."]  # the folder itself
+    subfolders = [path.name for path in folder.iterdir() if path.is_dir()]
+    test_split = find_test_split(subfolders)
+    splits = ["train"] if subfolders == ["train"] else ["."]  # "." is the folder itself
     if test_split:
         splits = ["train", test_split]
         unused = [path.name for path in sorted(folder.iterdir()) if path.name not in splits]
@@ -609,10 +614,12 @@ def read_arrays(path):
     try:
         arrays = np.load(path)
         arrays = {"x_train": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
+    except MemoryError:
+        raise
     except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
     for split in ["train", "test"] if "x_test" in arrays else ["train"]:
-        images = np.asarray(arrays.get(f"x_{split}"))  # if missing, None, which is refused
+        images = np.asarray(arrays.get(f"x_{split}"))  # np.asarray(None) is refused below
         labels = arrays.get(f"y_{split}", np.full(images.shape[:1], "")).flatten()
         is_numeric = images.dtype.kind in "buif"
         is_image = is_numeric and images.ndim in (3, 4) and images.size > 0
@@ -654,7 +661,7 @@ def read_tfds(name, data_dir):
         for split in ["train", test_split] if test_split else ["train"]:
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
-                labels = batch.get("label", repeat(""))  # an endless supply
+                labels = batch.get("label", repeat(""))  # without labels, "" for each image
                 for image, label in zip(batch["image"], labels, strict=False):
                     is_unlabelled = np.array_equal(label, -1)  # as in many test splits
                     name = "" if is_unlabelled else to_name(label)
@@ -703,7 +710,7 @@ def read_images(settings):
     """Return all images, (n, height, width, channels) uint8, and (is_test, label, file) of each."""
     images = []
     details = []
-    # Of all images: range and type before resizing, and shape after it.
+    # Ranges and types are those before resizing, and shapes those after it.
     low = np.inf
     high = -np.inf
     kinds = set()
@@ -761,8 +768,8 @@ def load_data(settings: Settings) -> Data:
 
 
 def make_evaluate(autoencoder, seed):
-    """Return a compiled function, evaluate(images, stddev, step): it returns the inputs, which are
-    the uint8 images with the noise of a step, the outputs, the latents, and the metrics.
+    """Return a compiled function, evaluate(images, stddev, number): it returns the inputs, which
+    are the uint8 images with the noise of this number, the outputs, the latents, and the metrics.
 
     The metrics are means over the images: the loss; the squared error, summed over an image; and
     the PSNR of outputs clipped to [0, 1], in dB, at most 100.
@@ -777,9 +784,9 @@ def make_evaluate(autoencoder, seed):
     ]
 
     @tf.function(input_signature=signature, autograph=False)
-    def evaluate(images, stddev, step):
+    def evaluate(images, stddev, number):
         targets = to_float(images)
-        inputs = add_noise(targets, stddev, seed, step)
+        inputs = add_noise(targets, stddev, seed, number)
         latents = encoder(inputs, training=False)
         outputs = decoder(latents, training=False)
         psnr = tf.image.psnr(targets, tf.clip_by_value(outputs, 0, 1), max_val=1)
@@ -800,7 +807,7 @@ def compute_metrics(evaluate, images, stddev=0):
     # About 100,000 values at once: larger batches need more memory, and are not faster.
     batches = np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
     for number, batch in enumerate(tqdm(batches, "testing", delay=2, disable=None), start=1):
-        # No training step has a negative number, and so this noise.
+        # Negative: no training step has the same noise.
         _, _, batch_latents, batch_metrics = evaluate(batch, stddev, -number)
         latents.append(batch_latents)
         metrics.append(batch_metrics)
@@ -873,7 +880,7 @@ def draw_grid(rows, title):
     """Return a picture of rows of images, each (n, height, width, channels) in [0, 1]."""
     pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
     zoom = max(1, 100 // max(pixels.shape[2:4]))  # small images are enlarged to 100 pixels
-    # Of rows, images, height, width and channels.
+    # Before and after each axis: rows, images, height, width, channels.
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
@@ -932,8 +939,8 @@ def draw_summary(losses, previews, path):
 class Run:
     """A run: its folders, the state that checkpoints hold, and what it writes.
 
-    Curves, pictures and the lines printed for a step count the steps of a phase. Checkpoints, the
-    progress bar and other messages count the steps of all phases.
+    There are two counts of steps: that of a phase in curves, pictures and lines that begin with
+    "step", and that of all phases in checkpoints, the progress bar and other messages.
     """
 
     def __init__(self, settings, data):
@@ -993,7 +1000,7 @@ class Run:
         """Raise RunError if a value is infinite or not a number."""
         if not np.isfinite(values).all():
             raise RunError(
-                f"loss or weights not finite after step {self.steps_done():,}: use a lower"
+                f"loss or weights not finite by step {self.steps_done():,}: use a lower"
                 " --learning-rate"
             )
 
@@ -1001,7 +1008,7 @@ class Run:
         """Write a checkpoint, and keep only the last three.
 
         The events of its steps are already on disk, so the curves of a resumed run have no gaps.
-        After kill -9, later ones are written again, with equal values.
+        After kill -9, events after the checkpoint are written again, with equal values.
         """
         arrays = {path: variable.numpy() for path, variable in self.variables.items()}
         for array in arrays.values():
@@ -1057,7 +1064,7 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-# Names of places may always differ: data are compared by checksum.
+# Places may always differ, and the name of a data set, whose content is compared by checksum.
 PLACES = {"log_dir", "sample_dir", "data_dir", "dataset"}
 # These may differ, with a warning, when a run resumes. A changed script may change every number;
 # the others change only the last digits.
@@ -1129,6 +1136,7 @@ def open_run(run, config):
     lock = filelock.FileLock(run.log_folder / ".lock", blocking=False)
     try:
         with lock if is_chief() else contextlib.nullcontext():
+            # Checkpoints without a config are refused.
             if config_path.exists() or run.list_checkpoints():
                 check_config(config_path, config)
             run.restore()
@@ -1165,6 +1173,7 @@ def compare_workers(config):
     may_differ = PLACES | {"threads"}  # machines may have more or fewer cores
     for (name, value), column in zip(config.items(), columns, strict=True):
         if len(set(column)) > 1 and name not in may_differ:
+            time.sleep(1)  # if this worker ended at once, others might only notice that
             raise SettingsError(f"{name} is {value} here, but must be the same for all workers")
 
 
@@ -1184,8 +1193,8 @@ def wait_for_workers():
     config = json.loads(os.environ["TF_CONFIG"])
     addresses = [address.rsplit(":", 1) for address in config["cluster"]["worker"]]
     index = config["task"]["index"]
-    if index not in range(len(addresses)):
-        raise ValueError(f"there is no worker {index}")
+    if config["task"]["type"] != "worker" or index not in range(len(addresses)):
+        raise ValueError("the task is none of the workers")
     _, own_port = addresses[index]
     with socket.create_server(("", int(own_port))):  # for the others to find this worker
         for host, port in addresses:
@@ -1204,7 +1213,7 @@ def connect_workers():
         raise SettingsError(f"TF_CONFIG must have the form {form} ({error!r})") from error
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"the workers cannot connect: {error}") from error
-    # TensorFlow's C++ code has replaced the handler that Python still knows: install it again.
+    # TensorFlow's C++ code has replaced the handler without Python noticing: install it again.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
@@ -1269,7 +1278,7 @@ def postpone_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if received:
+    if received:  # after the last stop_if_asked()
         signal.raise_signal(received[0])
 
 
@@ -1399,26 +1408,30 @@ def train(settings: Settings) -> dict[str, Any]:
     return metrics
 
 
+def fail(error, status=1):
+    """Print one line about a failure; return the exit status."""
+    message = str(error) or repr(error)
+    print(f"train_ae.py: {message.splitlines()[0]}", file=sys.stderr)
+    return status
+
+
 def main(settings: Settings) -> int:
     """Train; return the exit status: 0, 1 for a failed run, 2 for unusable settings."""
-    status = 1
     try:
         train(settings)
         return 0
-    except (SettingsError, RunError, OSError) as error:
-        message = str(error) or repr(error)
-        if isinstance(error, SettingsError):
-            status = 2
+    except SettingsError as error:
+        return fail(error, status=2)
+    except (RunError, OSError) as error:
+        return fail(error)
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        message = "out of memory: use a smaller --batch-size or --image-size"
+        return fail("out of memory: use a smaller --batch-size or --image-size")
     except (tf.errors.UnavailableError, tf.errors.AbortedError):
-        message = "another worker has ended: run the same commands again to resume"
+        return fail("another worker has ended: run the same commands again to resume")
     except tf.errors.OpError as error:
         if "tfevents" not in str(error):
             raise
-        message = f"{settings.log_dir} cannot be written: is the disk full?"
-    print(f"train_ae.py: {message.splitlines()[0]}", file=sys.stderr)
-    return status
+        return fail(f"{settings.log_dir} cannot be written: is the disk full?")
 
 
 if __name__ == "__main__":

@@ -286,6 +286,19 @@ def test_folders_without_train_are_classes(tmp_path):
     assert_holds(data, SMALL[:2])
 
 
+@pytest.mark.parametrize(
+    ("others", "classes"), [("", "cat dog"), ("truck", "train truck"), ("tested", "tested train")]
+)
+def test_a_folder_of_nothing_but_train_is_a_split(others, classes, tmp_path):
+    for index in range(10):
+        save(tmp_path / "train" / ("cat", "dog")[index % 2] / f"{index}.png", SMALL[index])
+    for name in others.split():
+        save(tmp_path / name / "10.png", SMALL[10])
+    data = load(tmp_path)
+    assert data.classes.tolist() == classes.split()
+    assert (len(data.train), len(data.test)) == ((9, 1) if not others else (9, 2))
+
+
 @pytest.mark.parametrize("shape", [16, (16, 1)])
 def test_labels_that_are_numbers(shape, tmp_path):
     labels = np.arange(16).reshape(shape)

@@ -215,8 +215,10 @@ OTHER = [
 def test_workers_with_different_settings_end(words, named, arguments, tmp_path):
     workers = start_workers(tmp_path, *arguments, last=words.split())
     statuses, errors = end(workers)
-    assert statuses == [2, 2]
-    assert [named in line for (line,) in errors] == [True, True]
+    assert 2 in statuses
+    for status, (line,) in zip(statuses, errors, strict=True):
+        # On a busy machine one may notice no more than the end of the other.
+        assert (named if status == 2 else "another worker has ended") in line
     assert not (tmp_path / "logs").exists()
 
 
@@ -239,7 +241,7 @@ def test_batch_that_cannot_be_divided_is_refused(arguments, tmp_path):
 TWO = ["127.0.0.1:15000", "127.0.0.1:15001"]
 BAD = ["", "worker 0", "[]", "{}", json.dumps({"cluster": {"worker": TWO}})]
 BAD += [tf_config(TWO, index) for index in (2, -1, None)]
-BAD += [tf_config([], 0)]
+BAD += [tf_config([], 0), tf_config(TWO, 0).replace('"type": "worker"', '"type": "chief"')]
 
 
 def test_tf_config_of_another_form_is_refused(arguments, tmp_path):

@@ -408,7 +408,7 @@ def test_what_is_not_finite_leaves_the_last_good_checkpoint(rate, job, tmp_path)
     status, errors, _ = job(*SHORT, "--learning-rate", rate, "--checkpoint-every", "1")
     (line,) = errors
     assert (status, "--learning-rate" in line) == (1, True)
-    last = int(re.search(r"not finite after step (\d+)", line)[1])
+    last = int(re.search(r"not finite by step (\d+)", line)[1])
     paths, steps = checkpoints(Finished(tmp_path))
     # The loss of a preview can overflow before the weights do: then the last step has been saved.
     assert steps in ([*range(1, last)][-3:], [*range(1, last + 1)][-3:])

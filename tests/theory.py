@@ -71,7 +71,7 @@ def examine(model, settings, images):
         metrics = {"test loss": len(batch) * loss} | compare(targets, outputs)
         if settings.noise:
             # As in the metrics of the run.
-            inputs = train_ae.add_noise(targets, settings.noise, settings.seed, step=-number)
+            inputs = train_ae.add_noise(targets, settings.noise, settings.seed, -number)
             metrics["PSNR (dB) of noisy inputs"] = psnr(targets, inputs)
             metrics["PSNR (dB) from noisy inputs"] = psnr(targets, model.predict_on_batch(inputs))
         for name, values in metrics.items():
