@@ -155,6 +155,15 @@ def test_import_and_run_leave_matplotlib_alone_and_need_no_docstrings(tiny, tmp_
     assert dict(matplotlib.rcParams) == before
 
 
+def test_what_is_printed_before_a_failure_reaches_a_pipe(tmp_path):
+    for name in ("train", "test", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    process = helpers.call("--dataset", "set", cwd=tmp_path, PYTHONUNBUFFERED="")
+    assert process.returncode == 2
+    assert process.stdout == "splits   train and test; not used: other\n"
+    assert "no pictures in set" in process.stderr
+
+
 def test_what_a_user_has_set_for_other_programs_changes_nothing(default_run, tmp_path):
     (tmp_path / "keras.json").write_text(
         '{"floatx": "float16", "image_data_format": "channels_first", "backend": "torch"}'

@@ -249,7 +249,7 @@ def test_run_is_what_other_code_computes(more, objective, options, run_here, mon
 
 
 def train_on_two_devices(folder, arguments):
-    """Train on two devices, and return what takes all images, what convolves, and where.
+    """Train on two devices, and return what takes all images, a share or convolves, and where.
 
     They stand for GPUs, which not every machine has: so the strategy is another one.
     """
@@ -274,6 +274,8 @@ def train_on_two_devices(folder, arguments):
             for node in part.node_def:
                 if node.op == "Conv2D" or images & set(node.input):
                     found.add((node.op, node.device[-5:]))
+                if node.op == "StridedSlice" and node.attr["T"].type == tf.float32.as_datatype_enum:
+                    found.add(("share", node.device[-5:]))
         return train_steps
 
     train_ae.make_train_steps = make_and_look
@@ -289,5 +291,5 @@ def test_two_devices_train_as_one_and_get_only_their_share(options, tmp_path):
         found = pool.submit(train_on_two_devices, tmp_path, arguments).result()
     settings = train_ae.parse_arguments(arguments)
     Reference(settings, squared_error).check(helpers.Finished(tmp_path))
-    on_the_host = {("images", "CPU:0"), ("GatherV2", "CPU:0")}
+    on_the_host = {("images", "CPU:0"), ("GatherV2", "CPU:0"), ("share", "CPU:0")}
     assert found == on_the_host | {("Conv2D", "CPU:1"), ("Conv2D", "CPU:2")}
