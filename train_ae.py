@@ -588,7 +588,7 @@ def read_folder(folder, settings):
         splits = ["train", test_split]
         unused = [path.name for path in sorted(folder.iterdir()) if path.name not in splits]
         print(f"splits   train and {test_split}; not used: {', '.join(unused) or 'nothing'}")
-    found = 0
+    found = dict.fromkeys(splits, 0)
     skipped = []
     for split in splits:
         for path in find_files(folder / split, excluded):
@@ -596,17 +596,18 @@ def read_folder(folder, settings):
             if image is None:
                 skipped.append(path)
                 continue
-            found += 1
+            found[split] += 1
             *folders, _ = path.relative_to(folder / split).parts
             label = folders[0] if folders else ""
             yield image, split == test_split, label, path.relative_to(folder).as_posix()
     if skipped:
         print(f"skipped  {len(skipped):,} files that Pillow cannot read, such as {skipped[0]}")
-    if not found:
-        raise SettingsError(
-            f"no pictures in {folder}: {len(skipped):,} files were skipped (to read a TFDS"
-            " dataset, give its name, and its folder as --data-dir)"
-        )
+    for split, count in found.items():
+        if count == 0:
+            raise SettingsError(
+                f"no pictures in {folder / split}: {len(skipped):,} files were skipped (to read a"
+                " TFDS dataset, give its name, and its folder as --data-dir)"
+            )
 
 
 def read_arrays(path):
@@ -647,31 +648,34 @@ def read_tfds(name, data_dir):
         raise SettingsError(
             f"{name!r} is not a folder, a .npz or .npy file, or a TFDS image dataset: {error}"
         ) from error
+    if not builder.is_prepared():
+        try:
+            # Without a network, TFDS itself would try for minutes.
+            requests.head("https://storage.googleapis.com", timeout=3)
+            builder.download_and_prepare()
+        except Exception as error:  # whatever broke the download
+            raise RunError(
+                f"{name} is not in {builder.data_dir}, and cannot be downloaded: see README.md"
+                f" about offline use ({error})"
+            ) from error
     # Labels without names are numbers or texts.
     to_name = getattr(features.get("label"), "int2str", tf.compat.as_str_any)
     wanted = {key: True for key in ("image", "label") if key in features}
     decoders = tfds.decode.PartialDecoding(wanted)
     batch_size = 1000 if is_one_size else 1  # batches are three times faster
+    test_split = find_test_split(builder.info.splits)
     try:
-        if not builder.is_prepared():
-            # Without a network, TFDS itself would try for minutes.
-            requests.head("https://storage.googleapis.com", timeout=3)
-            builder.download_and_prepare()
-        test_split = find_test_split(builder.info.splits)
         for split in ["train", test_split] if test_split else ["train"]:
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
                 labels = batch.get("label", repeat(""))  # without labels, "" for each image
                 for image, label in zip(batch["image"], labels, strict=False):
                     is_unlabelled = np.array_equal(label, -1)  # as in many test splits
-                    name = "" if is_unlabelled else to_name(label)
-                    yield image, split == test_split, name, ""
-    except MemoryError:
-        raise
-    except Exception as error:  # TFDS and the network raise many others
+                    class_name = "" if is_unlabelled else to_name(label)
+                    yield image, split == test_split, class_name, ""
+    except (ValueError, tf.errors.OpError) as error:
         raise RunError(
-            f"{name} in {builder.data_dir} cannot be read, or downloaded: see README.md about"
-            f" offline use ({error})"
+            f"{builder.data_dir} has no train split, or is damaged: download it again ({error})"
         ) from error
 
 
@@ -1119,7 +1123,7 @@ def check_config(path, config):
         old = before.get(name)
         if old == now or name in PLACES | {"run_name"}:  # a run's folder may be renamed
             continue
-        message = f"{path.parent} was started with {name} {old}, but it is now {now}"
+        message = f"{path.parent} has been run with {name} {old}, but it is now {now}"
         is_extended = name == "steps" and config["schedule"] == "constant" and old < now
         if name in WARNED:
             print(f"warning  {message}: its numbers may differ")

@@ -5,7 +5,7 @@ background that runs from one colour to another. They lie in subfolders named by
 call draws the same pictures.
 """
 
-import sys
+import argparse
 from cmath import pi, rect
 from colorsys import hsv_to_rgb
 from pathlib import Path
@@ -65,4 +65,8 @@ def draw(folder, count=2000, size=64):
 
 
 if __name__ == "__main__":
-    draw(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("count", type=int, nargs="?", default=2000)
+    parser.add_argument("size", type=int, nargs="?", default=64)
+    draw(**vars(parser.parse_args()))

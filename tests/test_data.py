@@ -452,6 +452,14 @@ def test_folder_of_no_use_is_refused(files, said, refuse, tmp_path):
     assert re.search(said, refuse("set"))
 
 
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_split_without_pictures_is_refused(empty, refuse, tmp_path):
+    save(tmp_path / "set" / "train" / "a.png", SMALL[0])
+    save(tmp_path / "set" / "val" / "a.png", SMALL[0])
+    (tmp_path / "set" / empty / "a.png").write_text("text")
+    assert f"no pictures in set/{empty}: 1 files" in refuse("set")
+
+
 @pytest.mark.parametrize("option", ["--log-dir", "--sample-dir"])
 def test_folder_that_runs_write_into_is_refused(option, refuse, tmp_path):
     save(tmp_path / "set" / "a.png", SMALL[0])
@@ -514,7 +522,7 @@ def test_batch_larger_than_the_training_set_is_refused(refuse, tmp_path):
         ("mnist:9.9.9", "only: 3.0.1", 2),
         ("no/such/folder", "not a folder", 2),
         ("no_such.npz", "no_such.npz is missing", 2),
-        ("mnist", "README.md about offline use", 1),
+        ("mnist", "mnist is not in .*README.md about offline use", 1),
         ("fashion_mnist", "README.md about offline use", 1),
     ],
 )
@@ -528,5 +536,5 @@ def test_damaged_tfds_set_is_refused(refuse, tmp_path):
     for path in tmp_path.glob("tfds/tiny/1.0.0/*-train.*"):
         path.write_bytes(path.read_bytes()[:-1])
     line = refuse("tiny", "--data-dir=tfds", status=1)
-    assert "tiny/1.0.0 cannot be read" in line
+    assert "tiny/1.0.0 has no train split, or is damaged" in line
     assert "truncated" in line

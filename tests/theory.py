@@ -161,6 +161,7 @@ def main(folder):
     for name, value in table.items():
         print(f"{name:40} {value:9.4f}")
     path = settings.sample_dir / settings.run_name / "latents.png"
+    path.parent.mkdir(parents=True, exist_ok=True)  # if called from another folder
     draw_latents(panels, saved["labels"][:1000], saved["classes"], path)
     print(path)
 
