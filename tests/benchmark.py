@@ -291,7 +291,7 @@ def measure(function, kind):
     command = [sys.executable, __file__, f"{function.__name__}_{kind}"]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        sys.exit(process.stderr)
+        sys.exit(f"{process.stderr}{function.__name__} ended with status {process.returncode}")
     found = json.loads(process.stdout.splitlines()[-1])
     return {"seconds": time.perf_counter() - begin} | found
 
