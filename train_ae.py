@@ -583,11 +583,14 @@ def read_folder(folder, settings):
         raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
     subfolders = [path.name for path in folder.iterdir() if path.is_dir()]
     test_split = find_test_split(subfolders)
-    splits = ["train"] if subfolders == ["train"] else ["."]  # "." is the folder itself
     if test_split:
         splits = ["train", test_split]
         unused = [path.name for path in sorted(folder.iterdir()) if path.name not in splits]
         print(f"splits   train and {test_split}; not used: {', '.join(unused) or 'nothing'}")
+    elif subfolders == ["train"]:
+        splits = ["train"]
+    else:
+        splits = ["."]  # the folder itself
     found = dict.fromkeys(splits, 0)
     skipped = []
     for split in splits:
@@ -804,12 +807,16 @@ def make_evaluate(autoencoder, seed):
     return evaluate
 
 
+def split_batches(images):
+    """Return the images in batches of about 100,000 values: larger ones are not faster."""
+    return np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
+
+
 def compute_metrics(evaluate, images, stddev=0):
     """Return the metrics of all images, and their latents."""
     latents = []
     metrics = []
-    # About 100,000 values at once: larger batches need more memory, and are not faster.
-    batches = np.array_split(images, min(len(images), math.ceil(images.size / 100_000)))
+    batches = split_batches(images)
     for number, batch in enumerate(tqdm(batches, "testing", delay=2, disable=None), start=1):
         # Negative: no training step has the same noise.
         _, _, batch_latents, batch_metrics = evaluate(batch, stddev, -number)
@@ -887,7 +894,8 @@ def draw_grid(rows, title):
     # Before and after each axis: rows, images, height, width, channels.
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
-    grid = Image.fromarray(np.vstack([np.hstack(row) for row in tiles]).squeeze())
+    pasted = np.vstack([np.hstack(row) for row in tiles])
+    grid = Image.fromarray(pasted.squeeze())  # Pillow has no axis for a single channel
     grid = ImageOps.scale(grid, zoom, Image.Resampling.NEAREST)
     color = (BACKGROUND,) * len(grid.getbands())
     grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, 0, 0), color)
@@ -1137,9 +1145,11 @@ def open_run(run, config):
     (run.log_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     run.sample_folder.mkdir(parents=True, exist_ok=True)
     config_path = run.log_folder / "config.json"
-    lock = filelock.FileLock(run.log_folder / ".lock", blocking=False)
+    lock = contextlib.nullcontext()
+    if is_chief():
+        lock = filelock.FileLock(run.log_folder / ".lock", blocking=False)
     try:
-        with lock if is_chief() else contextlib.nullcontext():
+        with lock:
             # Checkpoints without a config are refused.
             if config_path.exists() or run.list_checkpoints():
                 check_config(config_path, config)
@@ -1177,7 +1187,9 @@ def compare_workers(config):
     may_differ = PLACES | {"threads"}  # machines may have more or fewer cores
     for (name, value), column in zip(config.items(), columns, strict=True):
         if len(set(column)) > 1 and name not in may_differ:
-            time.sleep(1)  # if this worker ended at once, others might only notice that
+            # Others may still be comparing: if this worker ended now, they would only notice that.
+            with contextlib.suppress(tf.errors.OpError):
+                gather_from_workers([0])
             raise SettingsError(f"{name} is {value} here, but must be the same for all workers")
 
 

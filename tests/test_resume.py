@@ -331,9 +331,8 @@ def test_pictures_of_a_finished_run_may_go_elsewhere(run, job):
     status, errors, output = job(*SHORT, "--sample-dir", "elsewhere")
     assert (status, errors) == (0, [])
     for step in ("00000", "00050", "00100"):
-        assert (
-            len(warnings(output, f"training.gif is made without elsewhere/x/step_{step}.png")) == 1
-        )
+        missing = f"training.gif is made without elsewhere/x/step_{step}.png"
+        assert len(warnings(output, missing)) == 1
     assert [path.name for path in Path("elsewhere/x").iterdir()] == ["summary.png"]
 
 

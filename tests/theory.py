@@ -63,8 +63,7 @@ def compare(targets, outputs):
 def examine(model, settings, images):
     """Return the mean of each metric over all images, (n, height, width, channels) uint8."""
     means = Counter()
-    batches = np.array_split(images, min(len(images), -(-images.size // 100_000)))
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(train_ae.split_batches(images), start=1):
         targets = batch / np.float32(255)
         outputs = model.predict_on_batch(targets)
         loss = train_ae.reconstruction_loss(targets, outputs)
