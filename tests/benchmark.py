@@ -4,6 +4,9 @@
     python tests/benchmark.py loops     # milliseconds a step, one digit each
     python tests/benchmark.py images    # images a second, batches of 32 of 64x64x3
     python tests/benchmark.py workers   # images a second of two workers, and of one, a core each
+    python tests/benchmark.py reading   # 5,000 PNG files: first step, images a second, memory
+    python tests/benchmark.py onednn    # milliseconds a step with oneDNN and without it
+    python tests/benchmark.py record    # all of MNIST: seconds to an error of 3.00 by 30 numbers
     python tests/benchmark.py NAME      # one measurement, as JSON
 
 Each measurement is a process of its own. Those to be compared take turns, in an order that is
@@ -13,15 +16,19 @@ later: --python names an interpreter without it to run the whole script.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+STARTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # as the script, whoever imports TensorFlow
@@ -35,6 +42,15 @@ KINDS = {  # batch size, steps to measure, steps a call, and the shape of an ima
     "digits": (1, 1000, 50, (28, 28, 1)),
     "digits256": (256, 60, 10, (28, 28, 1)),
     "images": (32, 150, 10, (64, 64, 3)),
+    # With oneDNN and without it.
+    "28x28 batch 8": (8, 150, 10, (28, 28, 3)),
+    "28x28 batch 32": (32, 100, 10, (28, 28, 3)),
+    "64x64 batch 8": (8, 100, 10, (64, 64, 3)),
+    "64x64 batch 16": (16, 100, 10, (64, 64, 3)),
+    "64x64 batch 32": (32, 60, 10, (64, 64, 3)),
+    "128x128 batch 1": (1, 100, 10, (128, 128, 3)),
+    "128x128 batch 4": (4, 60, 10, (128, 128, 3)),
+    "256x256 batch 1": (1, 60, 10, (256, 256, 3)),
 }
 
 
@@ -43,8 +59,7 @@ def make_start(kind):
     import train_ae  # before TensorFlow, for which it sets the environment
 
     batch, steps, _, shape = KINDS[kind]
-    train_ae.keras.utils.set_random_seed(0)
-    autoencoder, _ = train_ae.build_autoencoder(shape, train_ae.Settings())
+    autoencoder = train_ae.build_autoencoder(shape, train_ae.Settings())
     images = make_images(kind)
     step_numbers = train_ae.tf.range(steps, dtype=train_ae.tf.int64)
     order = [train_ae.batch_indices(step, batch, len(images), 0) for step in step_numbers]
@@ -55,10 +70,12 @@ def make_images(kind):
     """Return the training images, uint8: of MNIST, or as large as people's own."""
     import train_ae
 
-    if kind != "images":
-        return train_ae.load_data(train_ae.Settings()).train
+    if kind.startswith("digits"):
+        data = train_ae.load_data(train_ae.Settings())
+        return data.images[data.train_rows]
     draws = train_ae.np.random.default_rng(0)
-    return draws.integers(0, 256, (500, 64, 64, 3), dtype=train_ae.np.uint8)
+    *_, shape = KINDS[kind]
+    return draws.integers(0, 256, (500, *shape), dtype=train_ae.np.uint8)
 
 
 def timed(run, steps, steps_a_call):
@@ -82,13 +99,20 @@ def ours(kind):
     train_ae.configure_tensorflow(settings)
     strategy = train_ae.make_strategy(settings)
     with strategy.scope(), tempfile.TemporaryDirectory() as folder:
-        train_ae.keras.utils.set_random_seed(0)
-        autoencoder, pairs = train_ae.build_autoencoder(shape, settings)
-        (phase,) = train_ae.plan_phases(autoencoder, pairs, settings)
-        writer = train_ae.tf.summary.create_file_writer(folder)
+        autoencoder = train_ae.build_autoencoder(shape, settings)
+        optimizer = train_ae.make_optimizer(autoencoder, settings)
         images = train_ae.tf.constant(make_images(kind))
-        train_steps = train_ae.make_train_steps(phase, images, settings, writer)
-        return timed(lambda first, last: train_steps(first, last).numpy(), steps, steps_a_call)
+        rows = train_ae.tf.range(len(images), dtype="int64")
+        training = train_ae.Training(autoencoder, optimizer, images, rows, settings)
+        writer = train_ae.tf.summary.create_file_writer(folder)
+        train_steps = train_ae.tf.function(train_ae.train_steps)
+
+        def run(first, last):
+            with writer.as_default():
+                bounds = [train_ae.tf.constant(bound) for bound in (first, last)]
+                return train_steps(training, *bounds).numpy()
+
+        return timed(run, steps, steps_a_call)
 
 
 def fit(kind):
@@ -108,6 +132,33 @@ def fit(kind):
     )
     autoencoder.fit(data, epochs=1, verbose=0, callbacks=[note])
     return {"ms": 1000 * (times[-1] - times[50]) / (steps - 51)}
+
+
+def fit_at_its_best(kind):
+    """Keras's fit() at its best: no oneDNN, 50 steps an execution, batches by the step"""
+    import train_ae
+
+    batch, steps, steps_a_call, shape = KINDS[kind]
+    tf = train_ae.tf
+    train_ae.configure_tensorflow(train_ae.Settings())
+    autoencoder = train_ae.build_autoencoder(shape, train_ae.Settings())
+    images = tf.constant(make_images(kind))
+
+    def make_batch(step):
+        indices = train_ae.batch_indices(step, batch, images.shape[0], 0)
+        clean = train_ae.to_float(tf.gather(images, indices))
+        return clean, clean
+
+    optimizer = train_ae.make_optimizer(autoencoder, train_ae.Settings())
+    loss = train_ae.reconstruction_loss
+    autoencoder.compile(optimizer, loss, steps_per_execution=steps_a_call)
+    times = []
+    note = train_ae.keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: times.append(time.perf_counter())
+    )
+    data = tf.data.Dataset.range(steps).map(make_batch).prefetch(50)
+    autoencoder.fit(data, epochs=1, verbose=0, callbacks=[note])
+    return {"ms": 1000 * (times[-1] - times[0]) / (steps - steps_a_call)}
 
 
 def make_torch_model(weights, size, threads):
@@ -137,6 +188,20 @@ def make_torch_model(weights, size, threads):
         return torch.tanh(x)
 
     return model, torch.optim.Adam(tensors, 0.001, eps=1e-8, fused=True)
+
+
+def make_torch_weights(channels):
+    """Return initial kernels and biases by turns, drawn as the article's."""
+    import numpy as np
+
+    draws = np.random.default_rng(0)
+    shapes = list(zip([channels, *FILTERS], FILTERS, strict=False))
+    weights = []
+    for place, (outer, inner) in enumerate([*shapes, *reversed(shapes)]):
+        kernel = 0.02 * np.clip(draws.normal(size=(3, 3, outer, inner)), -2, 2)
+        bias = np.zeros(inner if place < 4 else outer)
+        weights += [kernel.astype(np.float32), bias.astype(np.float32)]
+    return weights
 
 
 def make_torch_writer(folder):
@@ -209,15 +274,7 @@ def torch_job(kind):
     with np.load(ROOT / "samples" / "mnist_5k.npz") as file:
         parts = [torch.tensor(file[name]) for name in ("x_train", "x_test")]
     train, test = [part.permute(0, 3, 1, 2) / 255 for part in parts]
-    draws = np.random.default_rng(0)
-    channels = [1, *FILTERS]
-    shapes = list(zip(channels, FILTERS, strict=False))
-    weights = []
-    for place, (outer, inner) in enumerate([*shapes, *reversed(shapes)]):
-        kernel = 0.02 * np.clip(draws.normal(size=(3, 3, outer, inner)), -2, 2)
-        bias = np.zeros(inner if place < 4 else outer)
-        weights += [kernel.astype(np.float32), bias.astype(np.float32)]
-    model, optimizer = make_torch_model(weights, 28, threads=1)
+    model, optimizer = make_torch_model(make_torch_weights(1), 28, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         writer = make_torch_writer(folder)
         order = torch.randperm(len(train))
@@ -235,6 +292,130 @@ def torch_job(kind):
         torch.save(optimizer.param_groups[0]["params"], Path(folder, "model.pt"))
         writer.close()
     return {"test_loss": test_loss}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading: 5,000 PNG files of 64x64x3, three epochs of batches of 32
+
+
+def watch_memory():
+    """Return a list whose only item becomes the peak of anonymous memory, in MB, of this process
+    and its children, in which pages that they share count once.
+    """
+    peak = [0.0]
+
+    def read(pid):
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return int(re.search(r"Pss_Anon: +(\d+)", text)[1]) / 1024
+
+    def watch():
+        while True:
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            with contextlib.suppress(OSError, TypeError):  # a child that ends
+                peak[0] = max(peak[0], sum(map(read, ["self", *children])))
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return peak
+
+
+def pictures_folder():
+    """Return the folder of pictures, drawn by the first that asks."""
+    import shapes
+
+    folder = Path(tempfile.gettempdir(), "5000-shapes")
+    if not folder.exists():
+        shapes.draw(folder, 5000)
+    return folder
+
+
+def paced(batches, train):
+    """Train on batches of three epochs; return what the table shows."""
+    peak = watch_memory()
+    begin = STARTED
+    epochs = []
+    for epoch in batches:
+        count = 0
+        for batch in epoch:
+            train(batch)
+            if not epochs and not count:
+                first = time.perf_counter() - STARTED
+            count += 32
+        epochs.append(count / (time.perf_counter() - begin))
+        begin = time.perf_counter()
+    return {"seconds": first, "epochs": [round(rate) for rate in epochs], "MB": round(peak[0])}
+
+
+def ours_reading(kind):
+    """The script's reader and loop"""
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+    import train_ae
+
+    peak = watch_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = train_ae.Settings(
+            dataset=str(pictures_folder()), batch_size=32, log_dir=folder, sample_dir=folder
+        )
+        train_ae.configure_tensorflow(settings)
+        data = train_ae.load_data(settings)
+        autoencoder = train_ae.build_autoencoder((64, 64, 3), settings)
+        optimizer = train_ae.make_optimizer(autoencoder, settings)
+        tensors = train_ae.to_tensors(data)
+        training = train_ae.Training(autoencoder, optimizer, *tensors, settings)
+        train_steps = train_ae.tf.function(train_ae.train_steps)
+        calls = len(data.train_rows) // 32 // 10  # of ten steps
+
+        def train(call):
+            bounds = [train_ae.tf.constant(10 * call), train_ae.tf.constant(10 * call + 10)]
+            return train_steps(training, *bounds).numpy()
+
+        found = paced([range(calls)] * 3, train)
+    found["epochs"] = [10 * rate for rate in found["epochs"]]
+    return found | {"MB": round(peak[0])}
+
+
+def torch_reading(kind):
+    """PyTorch: a Dataset of Pillow, and a DataLoader with two workers"""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, folder):
+            self.paths = sorted(folder.rglob("*.png"))
+
+        def __len__(self):
+            return len(self.paths)
+
+        def __getitem__(self, index):
+            with Image.open(self.paths[index]) as picture:
+                image = np.asarray(picture.convert("RGB"), np.float32) / 255
+            return torch.from_numpy(image).permute(2, 0, 1)
+
+    model, optimizer = make_torch_model(make_torch_weights(3), 64, threads=os.cpu_count())
+    data = Pictures(pictures_folder())
+    loader = torch.utils.data.DataLoader(data, 32, shuffle=True, num_workers=2, drop_last=True)
+    return paced([loader] * 3, lambda batch: train_torch(model, optimizer, batch))
+
+
+def keras_reading(kind):
+    """Keras: image_dataset_from_directory() and train_on_batch()"""
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+    import train_ae
+
+    settings = train_ae.Settings(batch_size=32)
+    train_ae.configure_tensorflow(settings)
+    data = train_ae.keras.utils.image_dataset_from_directory(
+        pictures_folder(), labels=None, image_size=(64, 64), batch_size=32, verbose=False
+    )
+    data = data.map(lambda images: images / 255).prefetch(2)
+    autoencoder = train_ae.build_autoencoder((64, 64, 3), settings)
+    autoencoder.compile(train_ae.keras.optimizers.Adam(), train_ae.reconstruction_loss)
+    return paced([data] * 3, lambda batch: autoencoder.train_on_batch(batch, batch))
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole runs, and workers
 
 
 def script(kind):
@@ -271,18 +452,61 @@ def one_worker(kind):
 
 
 # --------------------------------------------------------------------------------------------------
+# The record: all of MNIST, a latent of 30 numbers, and a squared error of at most 3.00 per test
+# digit, as Hinton & Salakhutdinov (Science 2006) had it. Seconds are those of the whole command.
+
+RECORD = """--dataset mnist --latent-dim 30 --batch-size 64 --steps 7500 --learning-rate 0.004
+    --schedule cosine --sample-every 10000 --checkpoint-every 10000"""
+
+
+def print_record(turns):
+    """Run the command with as many seeds; print the error and the seconds of each."""
+    rows = []
+    for seed in range(turns):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [os.environ["SCRIPT_PYTHON"], str(ROOT / "train_ae.py"), *RECORD.split()]
+            environment = dict(os.environ)
+            del environment["TF_ENABLE_ONEDNN_OPTS"]
+            begin = time.perf_counter()
+            words = [*command, "--run-name", "record", "--seed", str(seed)]
+            subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
+            seconds = time.perf_counter() - begin
+            metrics = json.loads(Path(folder, "logs/record/metrics.json").read_text())
+        rows.append((metrics["squared_error"], seconds))
+        print(f"seed {seed}: squared error {rows[-1][0]:.3f} in {seconds:.1f} s", flush=True)
+    errors, seconds = zip(*rows, strict=True)
+    print(f"medians {statistics.median(errors):.3f}, {statistics.median(seconds):.1f} s;", end=" ")
+    print(f"{min(errors):.3f} to {max(errors):.3f}, {min(seconds):.1f} to {max(seconds):.1f} s")
+
+
+def print_onednn():
+    """Print milliseconds a step with oneDNN and without it, by the pixels of a step."""
+    for kind, (batch, *_, shape) in KINDS.items():
+        if "batch" in kind:
+            found = []
+            for choice in ("1", "0"):
+                os.environ["TF_ENABLE_ONEDNN_OPTS"] = choice
+                found.append(measure(ours, kind)["ms"])
+            pixels = batch * shape[0] * shape[1]
+            print(
+                f"{kind}: {pixels:,} pixels, {found[0]:.1f} ms on, {found[1]:.1f} off", flush=True
+            )
+
+
+# --------------------------------------------------------------------------------------------------
 # The tables
 
 TABLES = {
     "job": ("seconds", "digits", [script, torch_job]),
-    "loops": ("ms", "digits", [ours, fit, torch_loop, torch_logging]),
+    "loops": ("ms", "digits", [ours, fit, fit_at_its_best, torch_loop, torch_logging]),
     "images": ("ms", "images", [ours, torch_loop]),
     "workers": ("ms", "digits256", [workers, one_worker]),
+    "reading": ("seconds", "images", [ours_reading, torch_reading, keras_reading]),
 }
 MEASUREMENTS = {}
 for _, kind, functions in TABLES.values():
     MEASUREMENTS |= {f"{function.__name__}_{kind}": (function, kind) for function in functions}
-MEASUREMENTS["ours_digits256"] = (ours, "digits256")  # what each worker measures
+MEASUREMENTS |= {f"ours_{kind}": (ours, kind) for kind in KINDS}
 
 
 def measure(function, kind):
@@ -312,6 +536,13 @@ def print_table(name, turns):
         rate = f", {1000 * batch / median:,.0f} images a second" if unit == "ms" else ""
         ratio = medians[functions[0]] / median
         print(f"  {title}: {median:.2f} {unit}{rate}; the first is {ratio:.2f} of it")
+        if name == "reading":  # seconds are those to the first step
+            rates = [
+                statistics.median(epoch)
+                for epoch in zip(*(run["epochs"] for run in found[function]), strict=True)
+            ]
+            memory = statistics.median(run["MB"] for run in found[function])
+            print(f"    images a second in each epoch: {rates}; peak of memory: {memory:.0f} MB")
 
 
 def check_losses(losses):
@@ -325,7 +556,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=[*TABLES, *MEASUREMENTS], metavar="NAME")
+    names = [*TABLES, *MEASUREMENTS, "onednn", "record"]
+    parser.add_argument("name", choices=names, metavar="NAME")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--python", default=os.environ.get("SCRIPT_PYTHON", sys.executable))
     arguments = parser.parse_args()
@@ -333,6 +565,10 @@ def main():
     if arguments.name in MEASUREMENTS:
         function, kind = MEASUREMENTS[arguments.name]
         print(json.dumps(function(kind)))
+    elif arguments.name == "onednn":
+        print_onednn()
+    elif arguments.name == "record":
+        print_record(arguments.turns)
     else:
         print_table(arguments.name, arguments.turns)
 

@@ -5,8 +5,8 @@ A wrong digit has a small error, pixel by pixel, and a right digit has a large o
 
 import sys
 
+import examine
 import numpy as np
-import theory
 from matplotlib.figure import Figure
 
 import train_ae
@@ -34,7 +34,7 @@ def draw(cases):
         axes.set(xticks=[], yticks=[], title=title)
         if title == "a 7":
             continue
-        metrics = theory.compare(cases["a 7"], image)
+        metrics = examine.compare(cases["a 7"], image)
         for row, (name, values) in enumerate(metrics.items()):
             place = {
                 "y": -0.05 - 0.1 * row,

@@ -1,10 +1,10 @@
 """What test files share: running the script, reading what a run leaves, comparing runs."""
 
-import builtins
 import inspect
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import re
 import runpy
@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the threads of several runs would slow one another
 ENVIRONMENT = dict(os.environ)  # a user's; the import below sets more
 ENVIRONMENT.pop("TF_ENABLE_ONEDNN_OPTS", None)  # conftest.py has set it
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # too late once TensorFlow is imported, as it is here
 
 import keras
 import numpy as np
@@ -28,9 +29,8 @@ import tensorboard_data_server
 import tensorflow as tf
 from PIL import Image
 from tensorboard import context
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.data import grpc_provider, server_ingester
-from tensorboard.util import grpc_util, tensor_util
+from tensorboard.util import grpc_util
 
 import train_ae
 
@@ -168,28 +168,20 @@ def send(names):
         time.sleep(0.05)
 
 
-def at_file(pattern, event):
-    """Have an event before a file takes a name. No outside can choose these moments."""
-    replace = Path.replace
+def at(name, pattern, event):
+    """Have an event before a function is called with such words. No outside can choose these
+    moments.
+    """
+    owner, _, name = name.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    function = getattr(owner, name)
 
-    def replace_and_more(part, path):
-        if path.match(pattern):
+    def call_later(*values, **options):
+        if re.search(pattern, " ".join(map(str, values))):
             event()
-        return replace(part, path)
+        return function(*values, **options)
 
-    Path.replace = replace_and_more
-
-
-def at_line(pattern, event):
-    """Have an event after a line is printed."""
-    write = builtins.print
-
-    def write_and_more(*values, **options):
-        write(*values, **options)
-        if re.search(pattern, str(values[0])):
-            event()
-
-    builtins.print = write_and_more
+    setattr(owner, name, call_later)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,26 +206,24 @@ class Finished:
         with np.load(self.logs / "latents.npz") as file:
             return dict(file)
 
+    def checkpoints(self):
+        """Return the paths of the checkpoints by their steps."""
+        paths = sorted(self.logs.glob("checkpoints/step_*.npz"))
+        return {int(path.stem.removeprefix("step_")): path for path in paths}
+
     def checkpoint(self):
         """Return the arrays of the newest checkpoint."""
-        with np.load(sorted(self.logs.glob("checkpoints/step_*.npz"))[-1]) as file:
+        *_, newest = self.checkpoints().values()
+        with np.load(newest) as file:
             return dict(file)
 
-    def losses(self, phase="train"):
-        """Return the loss of each step of a phase."""
-        return self.checkpoint()[phase]
+    def losses(self):
+        """Return the loss of each step."""
+        return self.checkpoint()["losses"]
 
     def picture(self, name):
         with Image.open(self.samples / name) as picture:
             return np.asarray(picture)
-
-
-def scalars(folder, tag="loss"):
-    """Return steps and values of a scalar in TensorBoard's files of a folder."""
-    reader = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    events = {event.step: event.tensor_proto for event in reader.Tensors(tag)}
-    steps = sorted(events)
-    return steps, [tensor_util.make_ndarray(events[step]).item() for step in steps]
 
 
 def shown(logs):
@@ -260,6 +250,12 @@ def ask(address):
     stub = server_ingester._make_stub(address, grpc_util.ChannelCredsType.LOCAL)
     provider, nobody = grpc_provider.GrpcDataProvider(address, stub), context.RequestContext()
     options = {"experiment_id": "", "downsample": 10**6}
+
+    def read(point):
+        """Return the step and the pictures of a point."""
+        keys = [blob.blob_key for blob in point.values]
+        return point.step, [provider.read_blob(nobody, blob_key=key) for key in keys]
+
     found = {}
     values = provider.read_scalars(nobody, plugin_name="scalars", **options)
     for folder, tags in values.items():
@@ -268,26 +264,25 @@ def ask(address):
     pictures = provider.read_blob_sequences(nobody, plugin_name="images", **options)
     for folder, tags in pictures.items():
         for tag, points in tags.items():
-            keys = [(point.step, [blob.blob_key for blob in point.values]) for point in points]
-            read = provider.read_blob
-            found[folder, tag] = [
-                (step, [read(nobody, blob_key=k) for k in ks]) for step, ks in keys
-            ]
+            found[folder, tag] = [read(point) for point in points]
     return found
+
+
+def bytes_in(folder):
+    """Return the content of each file below a folder, but for hidden ones."""
+    paths = filter(Path.is_file, folder.rglob("[!.]*"))
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def assert_same_run(one, other):
     """Assert that two runs have the same checkpoint, metrics, pictures and curves, to the bit."""
     ours, theirs = one.checkpoint(), other.checkpoint()
     assert ours.keys() == theirs.keys()
-    for name in ours:
+    for name in ours.keys() - {"run"}:  # which tells runs apart
         np.testing.assert_array_equal(ours[name], theirs[name], name)
     metrics = [run.json("metrics") | {"seconds": 0} for run in (one, other)]
     assert metrics[0] == metrics[1]
-    names = sorted(path.name for path in one.samples.iterdir())
-    assert names == sorted(path.name for path in other.samples.iterdir())
-    for name in names:
-        assert (one.samples / name).read_bytes() == (other.samples / name).read_bytes(), name
+    assert bytes_in(one.samples) == bytes_in(other.samples)
     assert shown(one.logs) == shown(other.logs)
     assert [step for step, _ in shown(one.logs)["train", "loss"]] == [*range(metrics[0]["steps"])]
 

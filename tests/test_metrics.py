@@ -1,11 +1,13 @@
-"""Metrics: what metrics.json, latents.npz and theory.py say, by independent code; doubt, shapes."""
+"""Metrics: what metrics.json, latents.npz and examine.py say, by other code; doubt, shapes."""
+
+import re
 
 import doubt
+import examine
 import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-import theory
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,27 +26,27 @@ def run(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.cwd)
         assert helpers.here(*options.split()) == 0
-        _, run.data, run.model, run.saved = theory.open_run(run.logs)
-        run.images = run.data.test / np.float32(255)
+        _, run.data, run.model = examine.open_run(run.logs)
+        run.saved = run.latents()
+        run.images = run.data.images[run.data.test_rows] / np.float32(255)
         yield run
 
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figure that theory.py draws."""
+    """The figure that examine.py draws."""
     figure = Figure()
-    monkeypatch.setattr(theory, "Figure", lambda **_: figure)
+    monkeypatch.setattr(examine, "Figure", lambda **_: figure)
     return figure
 
 
 def compute(images, outputs):
     """Return what metrics.json should say."""
-    squares = np.square(outputs - images)
-    shown = np.square(np.clip(outputs, 0, 1) - images).mean(axis=(1, 2, 3))
+    shown = np.square(np.clip(outputs, 0, 1) - images)
     return {
-        "test_loss": squares.sum(axis=-1).mean(),
-        "squared_error": squares.sum(axis=(1, 2, 3)).mean(),
-        "psnr": np.mean(-10 * np.log10(shown)),
+        "test_loss": np.square(outputs - images).sum(axis=-1).mean(),
+        "squared_error": shown.sum(axis=(1, 2, 3)).mean(),
+        "psnr": np.mean(-10 * np.log10(shown.mean(axis=(1, 2, 3)))),
     }
 
 
@@ -68,16 +70,24 @@ def test_metrics_are_those_of_the_saved_model(run):
     noisy = compute(run.images, run.model(add_noise(run.images)))
     expected |= {f"noisy_{name}": value for name, value in noisy.items()}
     found = run.json("metrics")
-    expected |= {"steps": 120, "seconds": found["seconds"]}
+    mean_image = run.data.images[run.data.train_rows].mean(axis=0) / 255
+    constant = np.square(mean_image - run.images).sum(axis=-1).mean()
+    expected |= {"steps": 120, "seconds": found["seconds"], "mean_image_loss": constant}
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_psnr_is_that_of_clipped_outputs(default_run, digits):
+def test_errors_and_psnr_are_those_of_clipped_outputs(default_run, digits):
     images = digits["x_test"] / np.float32(255)
     outputs = default_run.model()(images).numpy()
     assert outputs.min() < -0.01
-    psnr = compute(images, outputs)["psnr"]
-    assert default_run.json("metrics")["psnr"] == pytest.approx(psnr, rel=1e-5)
+    expected = compute(images, outputs)
+    metrics = default_run.json("metrics")
+    for name in ("psnr", "squared_error"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+    saved = default_run.latents()
+    shown = np.square(np.clip(outputs, 0, 1) - images).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(saved["errors"], shown, rtol=1e-4)
+    assert saved["files"].tolist() == [str(number) for number in range(1000)]
 
 
 def test_latents_belong_to_labels_and_files(run):
@@ -85,8 +95,9 @@ def test_latents_belong_to_labels_and_files(run):
     latents = run.model.get_layer("encoder")(run.images)
     np.testing.assert_allclose(saved["latents"], latents, atol=1e-5)
     names = saved["classes"][saved["labels"]]
-    for name, file, image in zip(names, saved["files"], run.data.test, strict=True):
-        if file:  # which digits have not
+    images = run.data.images[run.data.test_rows]
+    for name, file, image in zip(names, saved["files"], images, strict=True):
+        if not file.isdecimal():  # as those of digits are
             assert file.startswith(f"{name}/")
             np.testing.assert_array_equal(Image.open(f"pictures/{file}"), image)
 
@@ -101,19 +112,20 @@ def test_exact_reconstructions_have_a_psnr_of_100(run_here, tmp_path, capsys):
     )
     run = run_here("--dataset", "black.npz", "--steps", 1, "--learning-rate", 1e-30)
     assert run.json("metrics")["psnr"] == 100
-    theory.main(run.logs)
+    examine.examine_run(run.logs)
     assert "no PCA" in capsys.readouterr().out
 
 
-def test_theory_prints_and_draws_what_independent_code_finds(run, figure, capsys):
-    theory.main(run.logs)
-    *table, _ = capsys.readouterr().out.splitlines()
+def test_examine_prints_and_draws_what_independent_code_finds(run, figure, capsys):
+    examine.examine_run(run.logs)
+    table = re.findall(r"^.{40} *[0-9.]+$", capsys.readouterr().out, re.MULTILINE)
     metrics = run.json("metrics")
-    train, test = [part.reshape(len(part), -1) / 255 for part in run.data[:2]]
+    images = run.data.images.reshape(len(run.data.images), -1) / 255
+    train, test = images[run.data.train_rows], images[run.data.test_rows]
     components = project(train, test)
     latents = run.saved["latents"]
     rest = components[:, latents.shape[1] :]
-    expected = theory.compare(run.images, run.model(run.images).numpy())
+    expected = examine.compare(run.images, np.clip(run.model(run.images), 0, 1))
     expected |= {
         "test loss": metrics["test_loss"],
         "PSNR (dB) of noisy inputs": compute(run.images, add_noise(run.images))["psnr"],
@@ -136,7 +148,7 @@ def test_theory_prints_and_draws_what_independent_code_finds(run, figure, capsys
 @pytest.mark.parametrize("count", [1, 2, 30, 31])
 def test_two_to_thirty_classes_have_a_legend_in_plain_text(count, figure, tmp_path):
     names = ["$x$", "\udcff", *"_" * 29][:count]
-    theory.draw_latents(
+    examine.draw_latents(
         {"": np.eye(count, 1)},
         np.arange(count),
         names,
@@ -152,8 +164,98 @@ def test_two_to_thirty_classes_have_a_legend_in_plain_text(count, figure, tmp_pa
 
 def test_pca_of_mnist_is_that_of_hinton_and_salakhutdinov(full_mnist):
     data = train_ae.load_data(train_ae.Settings(dataset="mnist", data_dir=full_mnist))
-    rest = theory.image_components(data.train, data.test)[:, 30:]
+    parts = [data.images[rows] for rows in (data.train_rows, data.test_rows)]
+    rest = examine.image_components(*parts)[:, 30:]
     assert f"{np.square(rest).sum() / 10_000:.2f}" == "13.87"
+
+
+def save_strange_pictures(folder):
+    """Save pictures that need care: turned by EXIF data, transparent, and of 12 bits."""
+    draws = np.random.default_rng(2)
+    for split, count in (("train", 12), ("test", 6)):
+        for index in range(count):
+            kind = ("turned", "transparent", "grey")[index % 3]
+            path = folder / split / kind / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = draws.integers(0, 256, (8, 6), np.uint8)
+            exif = Image.Exif()
+            if kind == "turned":
+                exif[0x0112] = 6
+                picture = Image.fromarray(grey.T.copy())
+            else:
+                picture = Image.fromarray(grey)
+            if kind == "transparent":
+                picture.putalpha(Image.fromarray(255 - grey))
+            picture.save(path, exif=exif)
+    return folder
+
+
+def save_deep_pictures(folder):
+    """Save grey pictures of 12 bits in 16, those to train on with the darkest and the brightest."""
+    draws = np.random.default_rng(3)
+    for split, low, high in (("train", 0, 4096), ("test", 900, 3000)):
+        for index in range(6):
+            path = folder / split / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draws.integers(low, high, (8, 6), np.uint16)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_strange_pictures, save_deep_pictures])
+@pytest.mark.parametrize("size", [0, 5])
+def test_another_set_is_prepared_as_in_training_to_the_bit(save, size, run_here, tmp_path, capsys):
+    folder = save(tmp_path / "mine")
+    run = run_here("--dataset", folder, "--depth", 1, "--steps", 5, "--image-size", size)
+    expected = run.latents()
+    capsys.readouterr()
+    examine.examine_set(run.logs, str(folder / "test"), with_pictures=True)
+    with np.load(run.logs / "examined" / "test.npz") as file:
+        found = dict(file)
+    for name in ("latents", "errors"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert [f"test/{file}" for file in found["files"]] == expected["files"].tolist()
+    lines = capsys.readouterr().out.splitlines()
+    worst = found["files"][found["errors"].argmax()]
+    assert lines[-6].split() == [f"{found['errors'].max():.4f}", worst]
+    for index, name in enumerate(found["classes"]):
+        error = found["errors"][found["labels"] == index].mean()
+        assert any(f"of {name or 'all'} (" in line and f"{error:.4f}" in line for line in lines)
+    pictures = run.samples / "examined" / "test"
+    assert (pictures / "worst.png").is_file()
+    model = run.model()
+    data = train_ae.load_data(train_ae.Settings(dataset=str(folder), image_size=size))
+    outputs = np.clip(model(data.images[data.test_rows] / np.float32(255)), 0, 1)
+    for file, output in zip(found["files"], outputs, strict=True):
+        drawn = np.asarray(Image.open(pictures / file))
+        np.testing.assert_allclose(drawn, 255 * output.squeeze(), atol=0.51)
+
+
+@pytest.mark.parametrize("save", [save_strange_pictures, save_deep_pictures])
+def test_readmes_code_prepares_pictures_as_in_training(save, run_here, tmp_path):
+    readme = (helpers.ROOT / "README.md").read_text()
+    code = readme.split("```python\nimport json")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 8
+    save(tmp_path / "mine")
+    (tmp_path / "new-pictures").symlink_to("mine/test")
+    run = run_here("--dataset", "mine", "--depth", 1, "--steps", 2, "--image-size", 5, name="RUN")
+    names = {}
+    exec("import json" + code, names)
+    for name in ("latents", "errors"):
+        np.testing.assert_array_equal(names["arrays"][name], run.latents()[name])
+    assert names["outputs"].shape == names["data"].images.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((8, 8, 1), "has images of 8x8x1, and the model takes 8x6x1"), ((8, 6, 3), "has colours")],
+)
+def test_pictures_that_the_model_cannot_take(shape, said, run_here, tmp_path):
+    draws = np.random.default_rng(0)
+    np.save(tmp_path / "mine.npy", draws.integers(0, 256, (20, 8, 6), np.uint8))
+    np.save(tmp_path / "other.npy", draws.integers(0, 256, (3, *shape), np.uint8))
+    run = run_here("--dataset", "mine.npy", "--depth", 1, "--steps", 1)
+    with pytest.raises(train_ae.SettingsError, match=said):
+        examine.examine_set(run.logs, "other.npy")
 
 
 def test_shift_tolerant_error_ranks_as_a_person_would():
@@ -163,16 +265,18 @@ def test_shift_tolerant_error_ranks_as_a_person_would():
         (stray, [2, 2, 25.93, 0.98]),
         (moved, [81.54, 0, 9.83, 0.24]),
     ]:
-        found = theory.compare(seven, image).values()
+        found = examine.compare(seven, image).values()
         assert [float(value[0]) for value in found] == pytest.approx(expected, abs=0.005)
-    assert theory.shift_tolerant_error(seven, np.roll(seven, 3, axis=1)) > 0
+    assert examine.shift_tolerant_error(seven, np.roll(seven, 3, axis=1)) > 0
 
 
 def test_scripts_are_run_as_commands(tiny, run_here, tmp_path):
     run = run_here(*tiny, "--steps", 1)
     for name, *arguments, status in [
-        ("theory.py", run.logs, 0),
-        ("theory.py", "nowhere", 2),
+        ("examine.py", run.logs, 0),
+        ("examine.py", run.logs, tiny[1], "--pictures", 0),
+        ("examine.py", run.logs, train_ae.BUNDLED, 2),
+        ("examine.py", "nowhere", 2),
         ("doubt.py", "doubt.png", 0),
         ("shapes.py", "one", 8, 0),
         ("shapes.py", "other", 8, 0),

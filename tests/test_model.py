@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from train_ae import Settings, build_autoencoder, parse_arguments
+from train_ae import Settings, build_autoencoder
 
 # (height, width, channels), depth and latent_dim, and the shape of a latent.
 MODELS = {
@@ -22,13 +22,12 @@ MODELS = {
 def make(shape, **options):
     """Return a model, and its weights by name."""
     keras.utils.set_random_seed(0)
-    model, _ = build_autoencoder(shape, Settings(**options))
+    model = build_autoencoder(shape, Settings(**options))
     weights = {variable.path: variable for variable in model.variables}
     return model, weights
 
 
-def leaky(values):
-    return tf.maximum(values, 0.2 * values)
+leaky = tf.nn.leaky_relu  # of slope 0.2 by default
 
 
 def reconstruct(weights, images, depth, latent_dim):
@@ -72,7 +71,6 @@ def test_model_computes_what_its_layers_say_also_once_saved(case, tmp_path):
     images = draws.random((3, *shape), np.float32)
     latents, outputs = reconstruct(weights, images, depth, latent_dim)
     assert latents.shape == (3, *MODELS[case])
-    assert outputs.shape == images.shape
     model.save(tmp_path / "x.keras")
     loaded = keras.models.load_model(tmp_path / "x.keras")
     for each in (model, loaded):
@@ -89,10 +87,20 @@ def test_default_model_has_the_size_of_the_articles():
     assert model.count_params() == 194_177
 
 
-@pytest.mark.parametrize("latent_dim", [0, 30])
-@pytest.mark.parametrize("initializer", ["article", "glorot"])
-def test_initial_weights(initializer, latent_dim):
-    _, weights = make((28, 28, 1), latent_dim=latent_dim, initializer=initializer)
+@pytest.mark.parametrize(
+    ("initializer", "shape", "options"),
+    [
+        ("article", (28, 28, 1), {}),  # by default only for images like the article's
+        ("article", (28, 28, 3), {"initializer": "article", "latent_dim": 30}),
+        ("glorot", (28, 28, 1), {"latent_dim": 30}),
+        ("glorot", (28, 28, 1), {"initializer": "glorot"}),
+        ("glorot", (28, 28, 3), {}),
+        ("glorot", (28, 27, 1), {}),
+    ],
+)
+def test_initial_weights(initializer, shape, options):
+    _, weights = make(shape, **options)
+    values = []
     for name, variable in weights.items():
         value = variable.numpy()
         if name.endswith("bias"):
@@ -111,31 +119,5 @@ def test_initial_weights(initializer, latent_dim):
         assert 0.9 * limit < largest <= limit, name
         assert value.std() == pytest.approx(deviation, rel=0.1), name
         assert abs(value.mean()) < deviation / 4, name
-
-
-@pytest.mark.parametrize("initializer", ["article", "glorot"])
-def test_layers_of_equal_shape_begin_with_other_values(initializer):
-    _, weights = make((28, 28, 1), initializer=initializer)
-    for number in range(1, 5):
-        kernel = weights[f"conv{number}/kernel"].numpy()
-        mirrored = weights[f"deconv{5 - number}/kernel"].numpy()
-        assert kernel.shape == mirrored.shape
-        assert not np.isin(kernel, mirrored).all()
-
-
-@pytest.mark.parametrize(
-    ("initializer", "options"),
-    [
-        ("article", ""),
-        ("article", "--dataset mnist"),
-        ("article", "--dataset mnist_5k"),
-        ("article", "--dataset /x/mnist.npz"),
-        ("article", "--latent-dim 6 --initializer article"),
-        ("glorot", "--latent-dim 6"),
-        ("glorot", "--initializer glorot"),
-        ("glorot", "--dataset fashion_mnist"),
-        ("glorot", "--dataset /mnist/x.npz"),
-    ],
-)
-def test_default_initializer(initializer, options):
-    assert parse_arguments(options.split()).initializer == initializer
+        values.extend(value.flat)
+    assert len({*values}) > 0.9 * len(values)  # layers of equal shape begin with other values

@@ -1,4 +1,4 @@
-"""Objective, optimizer, training step and pretraining: losses and weights against other code."""
+"""Objective, optimizer, training step and --weights: losses and weights against other code."""
 
 import multiprocessing
 import os
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from stack import stack
 
 import train_ae
 
@@ -21,10 +22,10 @@ import train_ae
 def ours(default_run, digits):
     """The losses of the default run, its initial weights, and its images in their order."""
     keras.utils.set_random_seed(0)
-    model, _ = train_ae.build_autoencoder((28, 28, 1), train_ae.Settings())
+    model = train_ae.build_autoencoder((28, 28, 1), train_ae.Settings())
     train = digits["x_train"]
     order = [train_ae.batch_indices(step, 1, len(train), 0)[0] for step in range(500)]
-    images = train[order].reshape(-1, 28, 28, 1) / np.float32(255)
+    images = train[order] / np.float32(255)
     return default_run.losses()[:500], model.get_weights(), images
 
 
@@ -40,7 +41,6 @@ def test_losses_are_the_articles(ours):
     [
         {"epsilon": 1e-7},
         {"slope": 0.01},
-        {"slope": 0.3},
         {"loss": "summed over the image"},
         {"loss": "half"},
     ],
@@ -53,58 +53,27 @@ def test_another_program_is_told_apart(ours, change):
 
 
 # --------------------------------------------------------------------------------------------------
-# Order of the images, and the optimizer
-
-
-def draw_orders(size, seed, steps):
-    """Return the orders of 40 images in three epochs, whose steps are taken in any order."""
-    batches = {}
-    for step in steps:
-        batches[step] = train_ae.batch_indices(step, size, 40, seed)
-    indices = np.concatenate([batches[step] for step in sorted(batches)])
-    return indices[:120].reshape(3, 40)
+# Order of the images
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 40])
 def test_each_epoch_has_every_image_once_in_another_order(size):
-    steps = range(-(-120 // size))
-    orders = draw_orders(size, 0, steps)
-    others = draw_orders(size, 1, steps)
+    steps = range(-(-120 // size))  # three epochs of 40 images
+    orders = []
+    for seed in (0, 1):
+        batches = [train_ae.batch_indices(step, size, 40, seed) for step in steps]
+        orders.extend(np.concatenate(batches)[:120].reshape(3, 40))
     every = np.arange(40)
-    different = {tuple(order) for order in [every, *orders, *others]}
-    assert len(different) == 7
-    for order in different:
-        np.testing.assert_array_equal(np.sort(order), every)
-    np.testing.assert_array_equal(draw_orders(size, 0, reversed(steps)), orders)
+    assert len({tuple(order) for order in [every, *orders]}) == 7
+    np.testing.assert_array_equal(np.sort(orders), [every] * 6)
 
 
 @pytest.mark.parametrize("count", [20, 300])
 def test_an_epoch_leaves_nothing_of_an_order(count):
     """By chance, one image is at the place that it has in the file, or had in the epoch before."""
-    file = np.arange(count)
     epochs = [train_ae.batch_indices(epoch, count, count, 0) for epoch in range(30)]
-    assert np.mean(np.equal(epochs, file)) < 2 / count
+    assert np.mean(np.equal(epochs, range(count))) < 2 / count
     assert np.mean(np.equal(epochs[1:], epochs[:-1])) < 2 / count
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize("scale", [1e-7, 1e-3])  # where epsilon counts, and of first gradients
-def test_fused_adam_is_keras_adam(scale, schedule):
-    draws = np.random.default_rng(1)
-    rate = 0.01
-    if schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(rate, 20)
-    start = draws.normal(size=(3, 4)).astype(np.float32)
-    ours = keras.Variable(start)
-    theirs = keras.Variable(start)
-    fused = train_ae.FusedAdam(rate, epsilon=1e-8)
-    reference = keras.optimizers.Adam(rate, epsilon=1e-8)
-    for _ in range(20):
-        gradient = tf.constant(scale * draws.normal(size=(3, 4)), tf.float32)
-        fused.apply([gradient], [ours])
-        reference.apply([gradient], [theirs])
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert np.abs(ours - start).max() > 0.01
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,43 +96,35 @@ MIRRORED = {
 def options(tmp_path_factory):
     """The options of a run of a second: 20 colour images, two layers, and more than one epoch."""
     path = tmp_path_factory.mktemp("arrays") / "x.npz"
-    images = np.random.default_rng(2).integers(0, 256, (22, 13, 10, 3))
-    images = images.astype(np.uint8)
+    images = np.random.default_rng(2).integers(0, 256, (22, 13, 10, 3), np.uint8)
     np.savez(path, x_train=images[:20], x_test=images[20:])
-    return ["--dataset", str(path), "--depth", "2", "--batch-size", "4", "--steps", "6"]
+    return f"--dataset {path} --depth 2 --batch-size 4 --steps 6".split()
 
 
 def squared_error(images, outputs):
     return tf.reduce_mean(tf.reduce_sum((images - outputs) ** 2, axis=-1))
 
 
-def absolute_error(images, outputs):
-    return tf.reduce_mean(tf.abs(images - outputs))
+def quartic_error(images, outputs):
+    return tf.reduce_mean((images - outputs) ** 4)
 
 
 class Reference:
-    """A run's training by Keras's Adam, with one variable for two kernels that are tied."""
+    """Training by Keras's Adam, with one variable for two kernels that are tied."""
 
-    def __init__(self, settings, objective):
-        self.settings = settings
+    def __init__(self, arguments, objective=squared_error):
+        settings = self.settings = train_ae.parse_arguments(arguments)
+        self.objective = objective
         with np.load(settings.dataset) as file:
             self.images = file["x_train"] / np.float32(255)
         keras.utils.clear_session()  # layers without names are "flatten" and "reshape" again
         keras.utils.set_random_seed(settings.seed)
-        model, _ = train_ae.build_autoencoder(self.images.shape[1:], settings)
+        model = train_ae.build_autoencoder(self.images.shape[1:], settings)
+        if settings.weights:
+            model.set_weights(keras.models.load_model(settings.weights).get_weights())
         layers = model.get_layer("encoder").layers + model.get_layer("decoder").layers
         self.layers = {layer.name: layer for layer in layers}
-        self.variables = {}
-        for variable in model.variables:
-            self.variables[variable.path] = tf.Variable(variable.numpy())
-        self.losses = {}
-        names = [name for name in PAIRS if name in self.layers]
-        if settings.pretrain_steps:
-            for place, name in enumerate(names):
-                phase = f"pretrain/{name}"
-                steps = settings.pretrain_steps
-                self.train(phase, names[:place], [name], squared_error, steps)
-        self.train("train", [], names, objective, settings.steps)
+        self.variables = {each.path: tf.Variable(each.numpy()) for each in model.variables}
 
     def value(self, path):
         """Return a weight; of a tied kernel, that of the encoder."""
@@ -180,15 +141,17 @@ class Reference:
             images, _ = layer.stateless_call(weights, [], images)
         return images
 
-    def train(self, phase, frozen, pairs, objective, steps):
-        """Train pairs of layers to reconstruct what frozen ones make of the images."""
+    def train(self, pairs, frozen=()):
+        """Train pairs of layers to reconstruct what frozen ones make of the images; return the
+        losses.
+        """
         settings = self.settings
         rate = settings.learning_rate
         if settings.schedule == "cosine":
-            rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+            rate = keras.optimizers.schedules.CosineDecay(rate, settings.steps)
         adam = keras.optimizers.Adam(rate, epsilon=1e-8)
-        losses = self.losses[phase] = []
-        for step in range(steps):
+        losses = []
+        for step in range(settings.steps):
             order = train_ae.batch_indices(step, settings.batch_size, 20, settings.seed)
             targets = self.images[order]
             draws = tf.random.stateless_normal(targets.shape, [settings.seed, step])
@@ -201,47 +164,54 @@ class Reference:
                     hidden = self.apply(PAIRS[name][0], hidden)
                 for name in reversed(pairs):
                     hidden = self.apply(PAIRS[name][1], hidden)
-                loss = objective(targets, hidden)
+                loss = self.objective(targets, hidden)
             variables = tape.watched_variables()
             adam.apply(tape.gradient(loss, variables), variables)
             losses.append(float(loss))
+        return losses
 
     def check(self, run):
         """Assert that a run has these losses and weights, and kernels that are equal if tied."""
-        for phase, losses in self.losses.items():
-            np.testing.assert_allclose(run.losses(phase), losses, rtol=5e-5)
-        weights = {}
-        for variable in run.model().variables:
-            weights[variable.path] = variable.numpy()
+        losses = self.train([name for name in PAIRS if name in self.layers])
+        np.testing.assert_allclose(run.losses(), losses, rtol=5e-5)
+        weights = {each.path: each.numpy() for each in run.model().variables}
         assert weights.keys() == self.variables.keys()
         for path, value in weights.items():
             expected = self.value(path)
             # A step moves each of them by 1e-3.
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=5e-5, err_msg=path)
-        for path in weights.keys() & MIRRORED.keys():
-            value = weights[path]
-            value = value.T if value.ndim == 2 else value
-            is_equal = np.array_equal(value, weights[MIRRORED[path]])
-            assert is_equal == self.settings.tied, path
+        self.variables = weights
+        for path, value in weights.items():
+            np.testing.assert_array_equal(value, self.value(path))
 
 
 @pytest.mark.parametrize(
-    ("more", "objective"),
-    [
-        ("--seed 3", squared_error),
-        ("--seed 5 --noise 0.3", squared_error),
-        ("--tied --schedule cosine", squared_error),
-        ("--latent-dim 6 --pretrain-steps 5 --schedule cosine", absolute_error),
-        ("--latent-dim 6 --pretrain-steps 5 --tied --noise 0.3", squared_error),
-    ],
+    "more", ["--seed 3", "--seed 5 --noise 0.3", "--tied --schedule cosine", "--latent-dim 6"]
 )
-def test_run_is_what_other_code_computes(more, objective, options, run_here, monkeypatch):
-    if objective is absolute_error:  # as if the script was edited
-        monkeypatch.setattr(train_ae, "reconstruction_loss", objective)
+def test_run_is_what_other_code_computes(more, options, run_here, monkeypatch):
+    monkeypatch.setattr(train_ae, "reconstruction_loss", quartic_error)  # as if it was edited
     arguments = [*options, *more.split()]
-    run = run_here(*arguments)
-    settings = train_ae.parse_arguments(arguments)
-    Reference(settings, objective).check(run)
+    Reference(arguments, quartic_error).check(run_here(*arguments))
+
+
+# --------------------------------------------------------------------------------------------------
+# Starting from another run's model
+
+
+def test_a_run_starts_from_the_weights_of_a_model_that_fits(options, run_here, capsys):
+    first = run_here(*options)
+    path = first.logs / "autoencoder.keras"
+    options = [*options, *f"--weights {path} --seed 3".split()]
+    second = run_here(*options, name="second")
+    assert f"\nweights  {path}\n" in capsys.readouterr().out
+    Reference(options).check(second)
+    before = first.picture("step_00006.png")
+    after = second.picture("step_00000.png")
+    np.testing.assert_array_equal(before[28:], after[28:])  # below the title
+    for other in ("--depth 1", "--latent-dim 6", "--dataset mnist_5k", "--weights none.keras"):
+        assert helpers.here(*options, *other.split()) == 2, other
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--weights" in line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,47 +219,52 @@ def test_run_is_what_other_code_computes(more, objective, options, run_here, mon
 
 
 def train_on_two_devices(folder, arguments):
-    """Train on two devices, and return what takes all images, a share or convolves, and where.
+    """Train on two devices, and return what gathers images, takes a share or convolves, and where.
 
     They stand for GPUs, which not every machine has: so the strategy is another one.
     """
     os.chdir(folder)
-    cpu = tf.config.list_physical_devices("CPU")[0]
+    (cpu,) = tf.config.list_physical_devices("CPU")
     devices = [tf.config.LogicalDeviceConfiguration()] * 3
     tf.config.set_logical_device_configuration(cpu, devices)
-    strategy = tf.distribute.MirroredStrategy(["CPU:1", "CPU:2"])
-    train_ae.make_strategy = lambda _: strategy
-    make_train_steps = train_ae.make_train_steps
+    train_ae.make_strategy = lambda _: tf.distribute.MirroredStrategy(["CPU:1", "CPU:2"])
+    fit = train_ae.fit
     found = set()
 
-    def make_and_look(*given):
-        train_steps = make_train_steps(*given)
-        function = train_steps.get_concrete_function()
-        for tensor in function.captured_inputs:
-            if tensor.dtype == tf.uint8:
-                found.add(("images", tensor.device[-5:]))
-        for part in function.graph.as_graph_def().library.function:
-            arguments = part.signature.input_arg
-            images = {argument.name for argument in arguments if argument.type == tf.uint8}
+    def look_and_fit(training, *rest, **more):
+        found.add(("images", training.images.device[-5:]))
+        compiled = tf.function(train_ae.train_steps)
+        steps = compiled.get_concrete_function(training, tf.constant(0), tf.constant(1))
+        for part in steps.graph.as_graph_def().library.function:
             for node in part.node_def:
-                if node.op == "Conv2D" or images & set(node.input):
+                if node.op in ("GatherV2", "StridedSlice", "Conv2D"):
                     found.add((node.op, node.device[-5:]))
-                if node.op == "StridedSlice" and node.attr["T"].type == tf.float32.as_datatype_enum:
-                    found.add(("share", node.device[-5:]))
-        return train_steps
+        fit(training, *rest, **more)
 
-    train_ae.make_train_steps = make_and_look
+    train_ae.fit = look_and_fit
     with tf.device("CPU:1"):  # TensorFlow puts on the first GPU whatever has no other place
         assert helpers.here(*arguments) == 0
     return found
 
 
 def test_two_devices_train_as_one_and_get_only_their_share(options, tmp_path):
-    arguments = [*options, "--latent-dim", "6", "--tied", "--noise", "0.3", "--run-name", "x"]
+    more = "--run-name x --latent-dim 6 --tied --noise 0.3"
+    arguments = [*options, *more.split()]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
         found = pool.submit(train_on_two_devices, tmp_path, arguments).result()
-    settings = train_ae.parse_arguments(arguments)
-    Reference(settings, squared_error).check(helpers.Finished(tmp_path))
-    on_the_host = {("images", "CPU:0"), ("GatherV2", "CPU:0"), ("share", "CPU:0")}
+    Reference(arguments).check(helpers.Finished(tmp_path))
+    on_the_host = {("images", "CPU:0"), ("GatherV2", "CPU:0"), ("StridedSlice", "CPU:0")}
     assert found == on_the_host | {("Conv2D", "CPU:1"), ("Conv2D", "CPU:2")}
+
+
+@pytest.mark.parametrize("more", ["--noise 0.3", "--tied --schedule cosine"])
+def test_stack_trains_each_pair_of_layers_in_turn(more, options):
+    arguments = [*options, "--latent-dim", "6", *more.split()]
+    _, losses = stack(train_ae.parse_arguments(arguments), 6)
+    reference = Reference(arguments)
+    names = list(PAIRS)
+    assert list(losses) == names
+    for place, name in enumerate(names):
+        expected = reference.train([name], frozen=names[:place])
+        np.testing.assert_allclose(losses[name], expected, rtol=5e-5, err_msg=name)

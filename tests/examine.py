@@ -1,0 +1,276 @@
+"""Examine a finished run: its own test images, or any others.
+
+    python tests/examine.py logs/RUN                    # on its test images, beside PCA
+    python tests/examine.py logs/RUN SET                # on all images of another set
+    python tests/examine.py logs/RUN SET --pictures     # and save each reconstruction
+
+RUN is a run's log folder, given in the folder in which it was trained. Its pictures get
+latents.png, and a table is printed.
+
+SET is what --dataset takes: a folder, an array file or the name of a TFDS dataset. Its images are
+prepared as those of the run were. logs/RUN/examined/SET.npz gets their latents and errors, and
+samples/RUN/examined/SET/ the worst ones, and the reconstructions under the names of the pictures.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments():
+    """Return the command line, as far as this is the script that runs."""
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path)
+    parser.add_argument("set", nargs="?")
+    parser.add_argument("--pictures", action="store_true")
+    return parser, parser.parse_args()
+
+
+def read_config(run):
+    """Return the contents of a run's config.json. Raises OSError and ValueError."""
+    return json.loads((run / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    PARSER, ARGUMENTS = parse_arguments()
+    try:  # last digits depend on it, and TensorFlow reads it when it is imported
+        onednn = read_config(ARGUMENTS.run)["onednn"]
+    except (OSError, ValueError, KeyError) as error:
+        PARSER.error(f"{ARGUMENTS.run} is no folder of a run: {error}")
+    if onednn in ("0", "1"):
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
+
+import train_ae  # before TensorFlow, whose environment it sets
+
+# isort: split
+import keras
+import matplotlib.style
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from PIL import Image
+
+# --------------------------------------------------------------------------------------------------
+# Metrics of each image, (n,), for (n, height, width, channels) float32, targets in [0, 1]
+
+
+def squared_error(targets, outputs):
+    """Return squared errors, summed over an image."""
+    return np.square(outputs - targets).sum(axis=(1, 2, 3))
+
+
+def shift_tolerant_error(targets, outputs):
+    """Return the smallest squared errors of outputs shifted by up to 2 pixels, black coming in."""
+    _, height, width, _ = targets.shape
+    padded = np.pad(outputs, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    errors = []
+    for y, x in product(range(5), repeat=2):
+        shifted = padded[:, y : y + height, x : x + width]
+        errors.append(squared_error(targets, shifted))
+    return np.min(errors, axis=0)
+
+
+def psnr(targets, outputs):
+    """Return PSNRs in dB, at most 100."""
+    return np.minimum(tf.image.psnr(targets, outputs, max_val=1), 100)
+
+
+def compare(targets, outputs):
+    """Return all metrics by name, of outputs in [0, 1]; SSIM is that of Wang et al. 2004."""
+    window = min(11, *targets.shape[1:3])
+    return {
+        "squared error": squared_error(targets, outputs),
+        "shift-tolerant error": shift_tolerant_error(targets, outputs),
+        "PSNR (dB)": psnr(targets, outputs),
+        "SSIM": tf.image.ssim(targets, outputs, max_val=1, filter_size=window),
+    }
+
+
+def measure(model, settings, data):
+    """Return the mean of each metric over all test images."""
+    evaluate = train_ae.compile_evaluation(model)
+    evaluate_noisy = train_ae.compile_evaluation(model, settings.noise, settings.seed)
+    means = Counter()
+    batches = train_ae.split_rows(data.test_rows, data.images)
+    for number, rows in enumerate(batches, start=1):
+        result = evaluate(data.images[rows], -number)
+        targets = result.inputs.numpy()
+        metrics = {"test loss": len(rows) * result.loss.numpy()}
+        metrics |= compare(targets, np.clip(result.outputs, 0, 1))
+        if settings.noise:  # as in the metrics of the run
+            noisy = evaluate_noisy(data.images[rows], -number)
+            metrics["PSNR (dB) of noisy inputs"] = psnr(targets, noisy.inputs)
+            metrics["PSNR (dB) from noisy inputs"] = noisy.psnr
+        for name, values in metrics.items():
+            means[name] += np.sum(values) / len(data.test_rows)
+    return means
+
+
+# --------------------------------------------------------------------------------------------------
+# Principal components, (n, size), the largest first
+
+
+def image_components(train, test):
+    """Return all components of uint8 test images, by PCA of training images."""
+    train = train.reshape(len(train), -1) / np.float32(255)
+    test = test.reshape(len(test), -1) / np.float32(255)
+    mean = train.mean(axis=0)
+    train -= mean
+    _, axes = tf.linalg.eigh(train.T @ train)
+    return (test - mean) @ axes[:, ::-1]
+
+
+def latent_components(latents):
+    """Return components of latents, by their own PCA."""
+    centered = latents - latents.mean(axis=0)
+    _, _, axes = tf.linalg.svd(centered)  # where they are wide, eigh would take minutes
+    return centered @ axes
+
+
+# --------------------------------------------------------------------------------------------------
+# A run
+
+
+def open_run(run, dataset=None):
+    """Return the settings, data and model of a run: its own data, or another set prepared like it.
+
+    Raises OSError, SettingsError and RunError.
+    """
+    config = read_config(run)
+    model = keras.models.load_model(run / "autoencoder.keras")
+    fields = train_ae.Settings.model_fields
+    values = {name: config[name] for name in fields if name in config}
+    values |= {"run_name": run.resolve().name, "dataset": dataset or config["dataset"]}
+    settings = train_ae.Settings(**values)
+    train_ae.configure_tensorflow(settings)
+    data = train_ae.load_data(settings, config["preparation"] if dataset else None)
+    if not dataset and data.checksum != config["checksum of images"]:
+        raise train_ae.SettingsError(f"{run} was tested on other images than {settings.dataset}")
+    found = "x".join(map(str, data.images.shape[1:]))
+    needed = "x".join(map(str, model.input_shape[1:]))
+    if found != needed:
+        raise train_ae.SettingsError(
+            f"{settings.dataset} has images of {found}, and the model takes {needed}: a run with"
+            " --image-size takes any size"
+        )
+    return settings, data, model
+
+
+@matplotlib.style.context(["default", {"text.parse_math": False}])  # class names are plain text
+def draw_latents(panels, labels, classes, path):
+    """Draw {title: points} side by side: the first two numbers of each, in its class's colour."""
+    figure = Figure(figsize=(11, 5.3), layout="tight")
+    for number, (title, points) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number, title=title, xticks=[], yticks=[])
+        points = np.pad(points, [(0, 0), (0, 1)])  # for those of one number
+        for index in range(len(classes)):
+            x, y = points[labels == index, :2].T
+            axes.plot(x, y, ".", markersize=3)
+    if 2 <= len(classes) <= 30:
+        names = [name.encode(errors="backslashreplace").decode() for name in classes]
+        axes.legend(
+            axes.lines,
+            names,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            markerscale=4,
+            frameon=False,
+        )
+    train_ae.write_atomically(path, figure.savefig)
+
+
+def examine_run(run):
+    """Print the metrics of a run, and draw its first 1,000 test images and their latents."""
+    with np.load(run / "latents.npz") as file:  # first: a run that goes on has none yet
+        saved = dict(file)
+    settings, data, model = open_run(run)
+    table = measure(model, settings, data)
+    latents = saved["latents"].reshape(len(data.test_rows), -1)
+    size = latents.shape[1]
+    panels = {}
+    if data.images[0].size <= 4096:  # more would take minutes
+        components = image_components(data.images[data.train_rows], data.images[data.test_rows])
+        rest = np.square(components[:, size:])
+        table["squared error of PCA of that size"] = rest.sum(axis=1).mean()
+        panels["images: the first two principal components"] = components[:1000]
+    else:
+        print("no PCA, as the images have more than 4,096 values")
+    if size == 2:
+        panels["latents"] = latents[:1000]
+    else:
+        panels["latents: the first two principal components"] = latent_components(latents[:1000])
+    print_table(table)
+    path = settings.sample_dir / settings.run_name / "latents.png"
+    path.parent.mkdir(parents=True, exist_ok=True)  # if called from another folder
+    draw_latents(panels, saved["labels"][:1000], saved["classes"], path)
+    print(path)
+
+
+def examine_set(run, dataset, with_pictures=False):
+    """Print and write what a run's model makes of all images of a set."""
+    settings, data, model = open_run(run, dataset)
+    evaluate = train_ae.compile_evaluation(model)
+    metrics, arrays = train_ae.compute_metrics(evaluate, data)
+    print_table(metrics)
+    errors = arrays["errors"]
+    for index, name in enumerate(data.classes):
+        is_here = data.test_labels == index
+        print_table({f"mean error of {name or 'all'} ({is_here.sum():,})": errors[is_here].mean()})
+        if len(data.classes) > 1:
+            print_table({"  area under ROC curve, others above": area(errors, ~is_here)})
+    for index in np.argsort(-errors, kind="stable")[:5]:
+        print(f"{errors[index]:9.4f} {data.test_files[index] or index}")
+    place = Path(dataset).resolve()
+    name = place.stem if place.is_file() else place.name.replace(":", "_")
+    path = run / "examined" / f"{name}.npz"
+    train_ae.write_arrays(path, arrays)
+    folder = settings.sample_dir / settings.run_name / "examined" / name
+    train_ae.draw_worst(folder / "worst.png", evaluate, data, errors)
+    if with_pictures:
+        save_pictures(folder, evaluate, data)
+    print(f"{path} and {folder}")
+
+
+def area(errors, is_anomaly):
+    """Return how likely the error of an anomaly is larger than that of another image."""
+    ranks = np.empty(len(errors))
+    ranks[errors.argsort()] = np.arange(len(errors))
+    count = is_anomaly.sum()
+    return (ranks[is_anomaly].mean() - (count - 1) / 2) / (len(errors) - count)
+
+
+def save_pictures(folder, evaluate, data):
+    """Write each reconstruction under the name of its picture, as .png."""
+    stems = Counter(Path(file).with_suffix("") for file in data.test_files)
+    for row, file in zip(data.test_rows, data.test_files, strict=True):
+        (outputs,) = evaluate(data.images[[row]], -1).outputs.numpy()
+        picture = Image.fromarray(np.rint(np.clip(outputs, 0, 1) * 255).astype(np.uint8).squeeze())
+        name = Path(file or "_").with_suffix("")
+        if stems[name] > 1:  # a.jpg beside a.png, or images of two splits of an array
+            name = f"{file}_{row}"
+        train_ae.write_atomically(folder / f"{name}.png", picture.save)
+
+
+def print_table(table):
+    """Print names and values."""
+    for name, value in table.items():
+        print(f"{name:40} {value:9.4f}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+    try:
+        if ARGUMENTS.set:
+            examine_set(ARGUMENTS.run, ARGUMENTS.set, ARGUMENTS.pictures)
+        else:
+            examine_run(ARGUMENTS.run)
+    except (OSError, train_ae.SettingsError, train_ae.RunError) as error:
+        PARSER.error(str(error).splitlines()[0])
