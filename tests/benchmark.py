@@ -5,8 +5,6 @@
     python tests/benchmark.py images    # images a second, batches of 32 of 64x64x3
     python tests/benchmark.py workers   # images a second of two workers, and of one, a core each
     python tests/benchmark.py reading   # 5,000 PNG files: first step, images a second, memory
-    python tests/benchmark.py onednn    # milliseconds a step with oneDNN and without it
-    python tests/benchmark.py record    # all of MNIST: seconds to an error of 3.00 by 30 numbers
     python tests/benchmark.py NAME      # one measurement, as JSON
 
 Each measurement is a process of its own. Those to be compared take turns, in an order that is
@@ -42,15 +40,6 @@ KINDS = {  # batch size, steps to measure, steps a call, and the shape of an ima
     "digits": (1, 1000, 50, (28, 28, 1)),
     "digits256": (256, 60, 10, (28, 28, 1)),
     "images": (32, 150, 10, (64, 64, 3)),
-    # With oneDNN and without it.
-    "28x28 batch 8": (8, 150, 10, (28, 28, 3)),
-    "28x28 batch 32": (32, 100, 10, (28, 28, 3)),
-    "64x64 batch 8": (8, 100, 10, (64, 64, 3)),
-    "64x64 batch 16": (16, 100, 10, (64, 64, 3)),
-    "64x64 batch 32": (32, 60, 10, (64, 64, 3)),
-    "128x128 batch 1": (1, 100, 10, (128, 128, 3)),
-    "128x128 batch 4": (4, 60, 10, (128, 128, 3)),
-    "256x256 batch 1": (1, 60, 10, (256, 256, 3)),
 }
 
 
@@ -452,48 +441,6 @@ def one_worker(kind):
 
 
 # --------------------------------------------------------------------------------------------------
-# The record: all of MNIST, a latent of 30 numbers, and a squared error of at most 3.00 per test
-# digit, as Hinton & Salakhutdinov (Science 2006) had it. Seconds are those of the whole command.
-
-RECORD = """--dataset mnist --latent-dim 30 --batch-size 64 --steps 7500 --learning-rate 0.004
-    --schedule cosine --sample-every 10000 --checkpoint-every 10000"""
-
-
-def print_record(turns):
-    """Run the command with as many seeds; print the error and the seconds of each."""
-    rows = []
-    for seed in range(turns):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [os.environ["SCRIPT_PYTHON"], str(ROOT / "train_ae.py"), *RECORD.split()]
-            environment = dict(os.environ)
-            del environment["TF_ENABLE_ONEDNN_OPTS"]
-            begin = time.perf_counter()
-            words = [*command, "--run-name", "record", "--seed", str(seed)]
-            subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
-            seconds = time.perf_counter() - begin
-            metrics = json.loads(Path(folder, "logs/record/metrics.json").read_text())
-        rows.append((metrics["squared_error"], seconds))
-        print(f"seed {seed}: squared error {rows[-1][0]:.3f} in {seconds:.1f} s", flush=True)
-    errors, seconds = zip(*rows, strict=True)
-    print(f"medians {statistics.median(errors):.3f}, {statistics.median(seconds):.1f} s;", end=" ")
-    print(f"{min(errors):.3f} to {max(errors):.3f}, {min(seconds):.1f} to {max(seconds):.1f} s")
-
-
-def print_onednn():
-    """Print milliseconds a step with oneDNN and without it, by the pixels of a step."""
-    for kind, (batch, *_, shape) in KINDS.items():
-        if "batch" in kind:
-            found = []
-            for choice in ("1", "0"):
-                os.environ["TF_ENABLE_ONEDNN_OPTS"] = choice
-                found.append(measure(ours, kind)["ms"])
-            pixels = batch * shape[0] * shape[1]
-            print(
-                f"{kind}: {pixels:,} pixels, {found[0]:.1f} ms on, {found[1]:.1f} off", flush=True
-            )
-
-
-# --------------------------------------------------------------------------------------------------
 # The tables
 
 TABLES = {
@@ -556,8 +503,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*TABLES, *MEASUREMENTS, "onednn", "record"]
-    parser.add_argument("name", choices=names, metavar="NAME")
+    parser.add_argument("name", choices=[*TABLES, *MEASUREMENTS], metavar="NAME")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--python", default=os.environ.get("SCRIPT_PYTHON", sys.executable))
     arguments = parser.parse_args()
@@ -565,10 +511,6 @@ def main():
     if arguments.name in MEASUREMENTS:
         function, kind = MEASUREMENTS[arguments.name]
         print(json.dumps(function(kind)))
-    elif arguments.name == "onednn":
-        print_onednn()
-    elif arguments.name == "record":
-        print_record(arguments.turns)
     else:
         print_table(arguments.name, arguments.turns)
 

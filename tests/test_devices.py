@@ -181,11 +181,11 @@ def test_one_that_is_stopped_stops_all_and_they_resume(arguments, two, tmp_path)
 def test_ctrl_c_ends_a_worker_that_waits_for_others(arguments, tmp_path):
     job = Job(tmp_path, *arguments, TF_CONFIG=tf_config(free_addresses(2), 0), **CPU)
     job.wait_for("waiting for")
-    job.process.join(1)
+    job.process.join(3)  # until TensorFlow has begun to wait
     os.kill(job.process.pid, signal.SIGINT)
     job.process.join(2)
-    assert job.process.exitcode == -signal.SIGINT
-    assert job.end()[1] == []
+    status = job.process.exitcode
+    assert (status, job.end()[1]) == (-signal.SIGINT, [])
 
 
 OTHER = {
