@@ -1362,24 +1362,27 @@ class State:
         try:
             with np.load(path) as file:
                 arrays = dict(file)
+            run_id = arrays["run"]
+            losses = arrays["losses"]
+            previews = {int(step): loss for step, loss in arrays["previews"]}
+            is_complete = losses.dtype == np.float32 and path == self.path_of(len(losses))
+            is_finite = all(np.isfinite(array).all() for array in arrays.values())
         except Exception as error:  # NumPy raises many errors for damaged files
             return f"damaged ({error!r})"
-        if arrays.get("run") != self.run_id:
+        if run_id != self.run_id:
             return "of another run"
-        shapes = {name: array.shape for name, array in arrays.items()}
-        needed = {name: tuple(variable.shape) for name, variable in self.variables.items()}
-        if not needed.items() <= shapes.items():
+        if not is_complete or not is_finite:
+            return "damaged"
+        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        needed = {name: (tuple(v.shape), v.dtype) for name, v in self.variables.items()}
+        if not needed.items() <= kinds.items():
             raise SettingsError(
                 f"the layers in train_ae.py are not those of {path}: undo the edit, or use another"
                 " --run-name"
             )
-        losses = arrays["losses"]
-        is_complete = losses.dtype == np.float32 and path == self.path_of(len(losses))
-        if not is_complete or not all(np.isfinite(array).all() for array in arrays.values()):
-            return "damaged"
         assign(self.variables.values(), arrays)
         self.losses = losses
-        self.previews = {int(step): loss for step, loss in arrays["previews"]}
+        self.previews = previews
         return ""
 
     def path_of(self, step):
@@ -1733,7 +1736,7 @@ def read_workers():
             and len({*addresses}) == len(addresses)
             and 0 < min(ports) <= max(ports) < 2**16
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_valid = False
     if not is_valid:
         form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'

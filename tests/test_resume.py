@@ -353,6 +353,7 @@ DAMAGE = [
     np.zeros(100),  # losses
     np.zeros(99, np.float32),
     np.full(100, np.inf, np.float32),
+    np.float32(0),
 ]
 
 
