@@ -5,7 +5,7 @@
     tensorboard --logdir logs --samples_per_plugin images=1000
 
 Four stride-2 convolutions encode an image, four transposed convolutions decode it, and Adam
-minimizes the squared error, by default of one image per step. The default run takes about ten
+minimizes the squared error; by default, a step uses one image. The default run takes about ten
 seconds on two EPYC cores and reaches a test loss of 0.0142 ± 0.0006 (n = 5 seeds). The model and
 its training follow a Chinese-language article written for TensorFlow 1, "Rebuilding images with
 autoencoders, and an implementation in Python".
@@ -15,7 +15,7 @@ folder in logs resumes it, with the same results to the bit.
 
 The method: settings, a whole run, model, objective, optimizer, training step, tied kernels.
 The machinery: data, its readers, resuming, results, pictures, files, devices, main. Functions with
-type hints are for other code, too.
+type hints are for other code, too. Unusable input raises SettingsError, a failed run RunError.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import struct
 import sys
@@ -43,7 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-if __name__ == "__main__" and "IPython" not in sys.modules:  # whose sessions survive a %run
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a %run must not end a session
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails if a user's is unknown
 
@@ -56,26 +55,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 FILTERS = (16, 32, 64, 128)
 
 
-class SettingsError(ValueError):
-    """An unusable setting or input; the message says what to do. Exit status 2."""
-
-
-class RunError(Exception):
-    """A run that failed; the message says what to do. Exit status 1."""
-
-
-def expand(value):
+def to_local_path(value):
     """Expand the ~ of a path. Raises ValueError for a URL, such as gs://bucket."""
     if not isinstance(value, (str, os.PathLike)):
         return value  # pydantic refuses it
     if re.match(r"\w\w+:/", os.fspath(value)):
         raise ValueError("must be on this machine, not a URL")
-    return os.path.expanduser(value)  # noqa: PTH111, which fails for users who do not exist
+    return os.path.expanduser(value)  # noqa: PTH111, as Path's method fails for unknown users
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Place = Annotated[Path, BeforeValidator(expand)]
+LocalPath = Annotated[Path, BeforeValidator(to_local_path)]
 
 
 class Settings(BaseModel):
@@ -99,11 +90,11 @@ class Settings(BaseModel):
     """size of the latent vector, or 0 to use the output of the last convolution as the latent"""
     tied: bool = False
     """give each layer of the decoder the kernel of its mirrored layer in the encoder"""
-    weights: Place | None = None
+    weights: LocalPath | None = None
     """saved model (.keras), such as another run's, whose weights the run starts from"""
     noise: float = Field(0.0, ge=0)
     """denoising: standard deviation of Gaussian noise added to the inputs, which are in [0, 1]"""
-    dataset: Annotated[str, BeforeValidator(expand)] = Field("mnist_5k", min_length=1)
+    dataset: Annotated[str, BeforeValidator(to_local_path)] = Field("mnist_5k", min_length=1)
     """mnist_5k (bundled digits), folder of pictures or IDX files, .npz, .npy, or a TFDS dataset"""
     image_size: CountOrZero = 0
     """height and width that images are cropped and scaled to, or 0 to keep their size"""
@@ -115,7 +106,7 @@ class Settings(BaseModel):
     """steps between previews: pictures of test images and their reconstructions"""
     checkpoint_every: Count = 500
     """steps between checkpoints; slow runs have one about every ten seconds, too"""
-    data_dir: Place | None = None
+    data_dir: LocalPath | None = None
     """folder of TFDS datasets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)"""
     run_name: str = Field(
         default_factory=lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}",
@@ -123,9 +114,9 @@ class Settings(BaseModel):
     )
     """name of a new run, or of one to resume: up to 100 letters, digits, _, - and ., not starting
     with - or . (default: date and time)"""
-    log_dir: Place = Path("logs")
+    log_dir: LocalPath = Path("logs")
     """folder for TensorBoard's files, checkpoints, the model and metrics"""
-    sample_dir: Place = Path("samples")
+    sample_dir: LocalPath = Path("samples")
     """folder for pictures"""
 
     @property
@@ -166,23 +157,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"--{name.replace('_', '-')} {values[name]}: {problem['msg']} ({meaning})")
 
 
-def choose_onednn(settings):
-    """Return "1" if a step is large enough for oneDNN, else "0". Measured on two EPYC cores."""
+def is_large_step(settings):
+    """Return whether oneDNN makes a step faster, as measured on two EPYC cores."""
     size = 28 if settings.dataset in ("mnist_5k", "mnist") else 64  # the images are not read yet
     size = settings.image_size or size
-    return str(int(settings.batch_size * size**2 > 40_000))
+    return settings.batch_size * size**2 > 40_000  # pixels
 
 
 # --------------------------------------------------------------------------------------------------
-# Imports that take seconds: help and errors of the command line need not wait for them
+# Imports that take seconds. A command line is read before them: for help, for errors, and for
+# oneDNN, which is chosen when TensorFlow is imported.
 
-onednn = "0"  # TensorFlow's kernels for large steps; on one small image they are four times slower
+onednn = False  # Intel's kernels: on one small image they are four times slower than TensorFlow's
 if __name__ == "__main__":
     command_line_settings = parse_arguments()
-    onednn = choose_onednn(command_line_settings)
+    onednn = is_large_step(command_line_settings)
 
-if "tensorflow" not in sys.modules:  # which reads these when it is imported
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", onednn)
+if "tensorflow" not in sys.modules:  # TensorFlow reads these when it is imported
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", str(int(onednn)))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json says
 gc.disable()  # garbage collection would add a second to the imports
@@ -219,30 +211,29 @@ def train(settings: Settings) -> dict[str, Any]:
     data = load_data(settings)
     weights = read_weights(settings, data.images.shape[1:])
     with strategy.scope(), lock(settings.log_folder):
-        run_id = agree_on_config(settings.log_folder, make_config(settings, data, weights))
+        checkpoint = load_checkpoint(settings.log_folder)
+        config = agree_on_config(settings, make_config(settings, data, weights), checkpoint)
 
         autoencoder = build_autoencoder(data.images.shape[1:], settings)
         assign(autoencoder.variables, weights)
         if settings.tied:
             tie_kernels(autoencoder.trainable_variables)
         optimizer = make_optimizer(autoencoder, settings)
-        state = State(settings.log_folder, run_id, autoencoder, optimizer)
-        state.restore()
-        keep_script(settings.log_folder / "train_ae.py")
+        state = State(settings.log_folder, config, autoencoder, optimizer)
+        state.restore(checkpoint)
+        keep_script(settings.log_folder / "train_ae.py", is_new=state.step == 0)
         print_overview(settings, data, state)
 
-        training = Training(autoencoder, optimizer, *to_tensors(data), settings)
-        evaluate = compile_evaluation(autoencoder)
-        evaluate_preview = evaluate
-        if settings.noise:
-            evaluate_preview = compile_evaluation(autoencoder, settings.noise, settings.seed)
-        fit(training, state, data.images[choose_preview_rows(data)], evaluate_preview)
+        images, rows = to_tensors(data)
+        training = Training(autoencoder, optimizer, images, rows, settings)
+        evaluate = compile_evaluation(autoencoder, settings.seed)
+        fit(training, state, data.images[choose_preview_rows(data)], evaluate)
 
         write_atomically(settings.log_folder / "autoencoder.keras", autoencoder.save)
         metrics, arrays = compute_metrics(evaluate, data)
         metrics["mean_image_loss"] = compute_mean_image_loss(data)
         if settings.noise:
-            noisy, _ = compute_metrics(evaluate_preview, data)
+            noisy, _ = compute_metrics(evaluate, data, settings.noise)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
         metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
         write_arrays(settings.log_folder / "latents.npz", arrays)
@@ -260,7 +251,7 @@ def fit(training, state, preview_images, evaluate):
     settings = training.settings
     compiled_steps = tf.function(train_steps)
     writer = open_writer(settings.log_folder / "train")
-    preview_writer = open_writer(settings.log_folder / "preview")
+    preview_writer = open_writer(settings.log_folder / "preview")  # the same chart shows both
     saved_at = time.monotonic()
     with make_bar(total=settings.steps, initial=state.step) as bar:
         if state.step == 0:
@@ -324,7 +315,7 @@ def build_autoencoder(image_shape: Sequence[int], settings: Settings) -> keras.M
     Each convolution halves height and width, rounding up, and its mirror restores them. Without
     `latent_dim`, there are no layers "latent" and "expand".
     """
-    keras.utils.set_random_seed(settings.seed)  # of the initial weights
+    keras.utils.set_random_seed(settings.seed)  # for the initial weights
     images = keras.Input(image_shape)
     hidden = images
     shapes = []  # of what goes into each convolution, for its mirror to restore
@@ -413,7 +404,7 @@ def make_optimizer(autoencoder, settings):
 class FusedAdam(keras.optimizers.Adam):
     """Adam (Kingma & Ba 2015) as TensorFlow's fused operation: 25% less time per step.
 
-    Uses _momentums, _velocities and _get_variable_index(), which are Keras's own; written for 3.15.
+    Uses _momentums, _velocities and _get_variable_index(), private names of Keras 3.15.
     """
 
     def update_step(self, gradient, variable, learning_rate):
@@ -436,11 +427,11 @@ class FusedAdam(keras.optimizers.Adam):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training step: train_steps() runs once a call, replica_step() once a step on each device
+# Training step: train_steps() runs up to 50 of them, replica_step() one, on each device
 
 
 class Training(NamedTuple):
-    """What a step needs, beside its number."""
+    """What a step needs, beside its number; all but tensors are constants when it is compiled."""
 
     autoencoder: keras.Model
     optimizer: keras.optimizers.Optimizer
@@ -467,7 +458,7 @@ def train_steps(training, first, stop):
     return losses.stack()
 
 
-@tf.autograph.experimental.do_not_convert  # there is nothing to convert, which would take a second
+@tf.autograph.experimental.do_not_convert  # looking for something to convert would take a second
 def replica_step(training, step):
     """Update the weights with a device's share of the batch; return its share of the loss.
 
@@ -496,6 +487,8 @@ def make_batch(training, step):
     settings = training.settings
     indices = batch_indices(step, settings.batch_size, training.rows.shape[0], settings.seed)
     clean = to_float(tf.gather(training.images, tf.gather(training.rows, indices)))
+    if not settings.noise:
+        return clean, clean
     return clean, add_noise(clean, settings.noise, settings.seed, step)
 
 
@@ -518,17 +511,15 @@ def batch_indices(step, batch_size, count, seed):
 
 
 def to_float(images):
-    """Return uint8 images as float32 in [0, 1]."""
+    """Return values from 0 to 255 as float32 in [0, 1]."""
     return tf.cast(images, tf.float32) / 255
 
 
 def add_noise(images, stddev, seed, number):
-    """Return images in [0, 1] with Gaussian noise, if any, clipped: a function of the arguments.
+    """Return images in [0, 1] with Gaussian noise, clipped: a function of the arguments.
 
-    `number` is the step in training, and negative elsewhere, so that no step has the same noise.
+    `number` is the step in training, and negative in tests, so that no test has a step's noise.
     """
-    if not stddev:
-        return images
     noise = tf.random.stateless_normal(tf.shape(images), [seed, number], stddev=stddev)
     return tf.clip_by_value(images + noise, 0, 1)
 
@@ -575,13 +566,26 @@ def mirror(kernel):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: a reader yields the images of a set one by one, as examples. They pass into a file, the
-# spool, which is mapped into memory: the system reads what is used and drops it when memory is
-# short, so a set may be larger than memory. What is not 8-bit, or is grey in three channels, is
-# prepared from that spool to another.
+# Data. Examples pass one by one from a reader through check_examples() to store(), which writes
+# their images to a file that is mapped into memory. If they are not 8-bit, or are grey in three
+# channels, they pass again, from that file through prepare() to another. The system reads what is
+# used of a mapped file, and drops it when memory is short, so a set may be larger than memory.
 
 SCRIPT = Path(__file__).resolve()
 BUNDLED = SCRIPT.parent / "samples" / "mnist_5k.npz"
+
+
+class Example(NamedTuple):
+    """An image, as readers yield it."""
+
+    image: np.ndarray | None  # (height, width, channels), scaled to --image-size if there is one
+    is_grey: bool  # even if saved as RGB
+    dtype: np.dtype  # before scaling, like the darkest and the brightest value
+    low: float
+    high: float
+    is_test: bool
+    label: Any  # text or number
+    file: str  # its name; in arrays and TFDS datasets, such as test/7
 
 
 class Preparation(NamedTuple):
@@ -602,157 +606,124 @@ class Data(NamedTuple):
     test_rows: np.ndarray
     test_labels: np.ndarray  # indices of `classes`
     classes: np.ndarray  # names
-    test_files: np.ndarray  # names; in arrays, the numbers of the images; "" in TFDS datasets
+    test_files: np.ndarray  # as in Example
 
 
 def load_data(settings: Settings, preparation: Preparation | None = None) -> Data:
     """Return the images of a set; without a test split, a random tenth is for testing.
 
-    With the preparation of a finished run (in its config.json), which tests/examine.py gives, the
-    images are prepared as in that run, and all are for testing. Raises SettingsError, and RunError
-    for a failed download or a full disk.
+    For tests/examine.py: with the preparation of a finished run (in its config.json), the images
+    are prepared as in that run, and all are for testing. Raises SettingsError, and RunError for a
+    failed download or a full disk.
     """
     try:
-        spool, examples = read_images(settings)
+        total, found = open_dataset(settings)
     except OSError as error:
         raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
+    images, checksum, examples = store(settings, total, check_examples(settings, total, found))
     if preparation:
         chosen = Preparation(*preparation)
+        examples = [example._replace(is_test=True) for example in examples]
     else:
-        chosen = choose_preparation(spool, examples, settings)
-    spool = prepare(spool, examples, chosen, settings)
-    order = np.arange(spool.count)
-    is_test = np.array([example.is_test for example in examples])
-    train_rows = order[~is_test]
-    test_rows = order[is_test]
-    if preparation:
-        train_rows = order[:0]
-        test_rows = order
-    elif not is_test.any():
-        order = np.random.default_rng(settings.seed).permutation(order)
-        train_rows, test_rows = np.split(order, [len(order) * 9 // 10])
-        print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
+        chosen = choose_preparation(settings, examples)
+    is_scaled = images.dtype != np.uint8 or (chosen.low, chosen.high) != (0, 255)
+    if is_scaled:
+        print(f"values   {chosen.low:.9g} to {chosen.high:.9g} become 0 to 255")
+        check_contrast(chosen, examples)
+    if is_scaled or chosen.channels != images.shape[3]:
+        prepared = prepare(settings, chosen, images, examples)
+        images, checksum, examples = store(settings, total, prepared)
+    train_rows, test_rows = split(settings, examples)
     if settings.batch_size > len(train_rows) and not preparation:
         raise SettingsError(
             f"{settings.dataset} has {len(train_rows):,} training images, too few for --batch-size"
             f" {settings.batch_size}"
         )
     labels = np.array([example.label for example in examples])
+    files = np.array([example.file for example in examples])
     classes, labels = np.unique(labels, return_inverse=True)
     return Data(
-        images=spool.map_images(),
-        checksum=spool.checksum,
-        preparation=chosen,
-        train_rows=train_rows,
-        test_rows=test_rows,
+        images,
+        checksum,
+        chosen,
+        train_rows,
+        test_rows,
         test_labels=labels[test_rows],
         classes=classes.astype(str),
-        test_files=np.array([example.file for example in examples])[test_rows],
+        test_files=files[test_rows],
     )
 
 
-class Example(NamedTuple):
-    """An image, as readers yield it."""
-
-    image: np.ndarray | None  # (height, width, channels), scaled to --image-size if there is one
-    dtype: np.dtype  # before scaling, like the darkest and the brightest value
-    low: float
-    high: float
-    is_test: bool
-    label: Any  # text or number
-    file: str
-    total: int  # of images in the set, or files in the folder
-
-
-def read_images(settings):
-    """Return a spool of all images of a set, and its examples without their images.
-
-    Raises SettingsError if the images differ in type or shape, or are of no use.
-    """
-    spool = None
-    kinds = set()
-    examples = []
-    with make_bar(title="reading", delay=2) as bar:
-        for example in choose_reader(settings):
-            image = example.image
-            kinds.add((example.dtype, image.shape))
-            if len(kinds) > 1:
-                names = sorted(f"{dtype} {shape}" for dtype, shape in kinds)
-                raise SettingsError(
-                    f"images differ in type or shape: {', '.join(names)} (for one shape, add"
-                    " --image-size, such as 64; for one type, convert them)"
-                )
-            if image.shape[2] not in (1, 3):
-                raise SettingsError(f"images must have 1 or 3 channels, not {image.shape[2]}")
-            if not math.isfinite(example.low + example.high):
-                raise SettingsError(f"{settings.dataset}: NaN or infinity in image {example.file}")
-            spool = spool or Spool(settings, image.dtype, image.shape, example.total)
-            spool.write(image)
-            examples.append(example._replace(image=None))
-            bar.total = example.total
-            bar.update()
-    if not examples:
+def check_examples(settings, total, examples):
+    """Yield the same examples, unless their images differ in type or shape, or are of no use."""
+    first_kind = None
+    for example in make_bar(examples, "reading", total=total, delay=2):
+        shape = example.image.shape
+        kind = (example.dtype, shape)
+        first_kind = first_kind or kind
+        if kind != first_kind:
+            both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
+            raise SettingsError(
+                f"images differ in type or shape: {both} (for one shape, add --image-size, such as"
+                " 64; for one type, convert them)"
+            )
+        if shape[2] not in (1, 3):
+            raise SettingsError(f"images must have 1 or 3 channels, not {shape[2]}")
+        if not math.isfinite(example.low + example.high):
+            raise SettingsError(f"{settings.dataset}: NaN or infinity in image {example.file}")
+        yield example
+    if not first_kind:
         raise SettingsError(f"{settings.dataset} contains no images")
-    return spool, examples
 
 
-class Spool:
-    """A file of images that has no name, so that it is gone when the process ends, in any way.
+def store(settings, total, examples):
+    """Write the images of examples to a file. Return the images memory-mapped, (n, height, width,
+    channels), their checksum, and the examples without them.
 
-    It lies where --log-dir does: the system's folder for temporary files may be in memory.
+    The file has no name, so that it is gone when the process ends, in any way. It lies where
+    --log-dir does: the system's folder for temporary files may be in memory.
     """
-
-    def __init__(self, settings, dtype, shape, total):
-        folder = settings.log_dir.absolute()
-        while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
-            folder = folder.parent
-        self.dtype = dtype
-        self.shape = shape  # of an image
-        self.count = 0
-        self.checksum = zlib.crc32(f"{dtype} {shape}".encode())
-        self.is_grey = True  # even if saved as RGB
-        size = total * math.prod(shape) * dtype.itemsize / 1e9
-        self.purpose = f"{folder}, where --log-dir is, must take {size:.2g} GB of images"
-        try:
-            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        except OSError as error:
-            raise RunError(f"{self.purpose}: {error.strerror}") from error
-
-    def write(self, image):
-        """Append an image. Raises RunError if the disk is full."""
-        if image.dtype != self.dtype:  # one that is nearly black has been resized as float
-            image = np.rint(image).astype(self.dtype)
-        self.count += 1
-        self.is_grey = self.is_grey and (image == image[..., :1]).all()
-        content = np.ascontiguousarray(image)
-        self.checksum = zlib.crc32(content, self.checksum)
-        try:
-            self.file.write(content)
-            self.file.flush()
-        except OSError as error:
-            raise RunError(f"{self.purpose}: {error.strerror}") from error
-
-    def map_images(self):
-        """Return the images that have been written, (n, height, width, channels)."""
-        # TensorFlow takes only arrays that could be written to.
-        shape = (self.count, *self.shape)
-        return np.asarray(np.memmap(self.file, self.dtype, "r+", shape=shape))
+    folder = settings.log_dir.absolute()
+    while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
+        folder = folder.parent
+    stored = []
+    checksum = 0
+    size = 0
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for example in examples:
+                stored.append(example._replace(image=None))
+                image = np.ascontiguousarray(example.image)
+                size = total * image.nbytes
+                checksum = zlib.crc32(image, checksum)
+                file.write(image)
+            file.flush()
+            shape = (len(stored), *image.shape)
+            # "r+", since TensorFlow takes only arrays that could be written to.
+            images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
+    except OSError as error:
+        raise RunError(
+            f"{folder}, where --log-dir is, must take {size / 1e9:.2g} GB of images:"
+            f" {error.strerror}"
+        ) from error
+    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
 
 
-def choose_preparation(spool, examples, settings):
-    """Return the preparation for a new run: 8-bit values stay, others are scaled from their range.
-
-    Raises SettingsError if that range is of no use.
+def choose_preparation(settings, examples):
+    """Return the preparation for a new run: 8-bit values stay, others are scaled from their range,
+    unless that is of no use.
     """
+    dtype = examples[0].dtype
+    channels = 1 if all(example.is_grey for example in examples) else 3
     low = min(example.low for example in examples)
     high = max(example.high for example in examples)
     if low == high:
         raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    channels = 1 if spool.is_grey else 3
-    if examples[0].dtype == np.uint8 and high > 1:  # masks of 0 and 1 are scaled, too
+    if dtype == np.uint8 and high > 1:  # otherwise they are masks of 0 and 1
         return Preparation(0, 255, channels)
-    # Images are resized as float32, whose steps must be finer than grey levels.
-    if settings.image_size and np.spacing(np.float32(max(-low, high))) > (high - low) / 255:
+    # Images are resized as integers or float32, whose precision must be finer than grey levels.
+    precision = 1 if dtype == np.uint8 else np.spacing(np.float32(max(-low, high)))
+    if settings.image_size and precision > (high - low) / 255:
         raise SettingsError(
             f"--image-size would round values from {low:.9g} to {high:.9g} too coarsely: scale them"
             " to 0 to 255 first"
@@ -760,43 +731,47 @@ def choose_preparation(spool, examples, settings):
     return Preparation(low, high, channels)
 
 
-def prepare(spool, examples, preparation, settings):
-    """Return a spool of the images as the preparation has them: the same one if nothing changes."""
-    low, high, channels = preparation
-    height, width, found_channels = spool.shape
-    if channels == 1 and not spool.is_grey:
-        raise SettingsError(f"{settings.dataset} has colours, and the images of the run have none")
-    is_scaled = examples[0].dtype != np.uint8 or (low, high) != (0, 255)
-    if is_scaled:
-        print(f"values   {low:.9g} to {high:.9g} become 0 to 255")
-        check_contrast(examples, low, high)
-    elif spool.dtype == np.uint8 and channels == found_channels:
-        return spool
-    prepared = Spool(settings, np.dtype(np.uint8), (height, width, channels), spool.count)
-    for image in spool.map_images():
-        scaled = np.interp(image.astype(np.float64), [low, high], [0, 255])
-        scaled = scaled[..., np.arange(channels) % found_channels]  # one of three, or three of one
-        prepared.write(np.rint(scaled).astype(np.uint8))
-    return prepared
-
-
-def check_contrast(examples, low, high):
-    """Warn if most images of a split become nearly constant: a placeholder, such as -9999, may have
-    widened the range. Raises SettingsError if next to nothing is left.
+def check_contrast(preparation, examples):
+    """Warn if images become nearly constant, and refuse the set if next to nothing is left: a
+    placeholder, such as -9999, may have widened the range.
     """
-    levels = np.array([255 * (example.high - example.low) / (high - low) for example in examples])
-    is_test = np.array([example.is_test for example in examples])
+    range_of_set = preparation.high - preparation.low
+    levels = np.array([255 * (example.high - example.low) / range_of_set for example in examples])
+    flat = np.count_nonzero(levels < 16)
     darkest = min(examples, key=lambda example: example.low)
     brightest = max(examples, key=lambda example: example.high)
-    names = [f"{'test ' if e.is_test else ''}image {e.file}" for e in (darkest, brightest)]
     message = (
-        f"{np.sum(levels < 16):,} of {len(levels):,} images become nearly constant, by the darkest"
-        f" pixel, in {names[0]}, or the brightest, in {names[1]}"
+        f"{flat:,} of {len(levels):,} images become nearly constant, by the darkest pixel, in image"
+        f" {darkest.file}, or the brightest, in image {brightest.file}"
     )
     if np.mean(levels < 1) > 0.9:
         raise SettingsError(message)
-    if any(np.mean(levels[is_test == kind] < 16) > 0.5 for kind in np.unique(is_test)):
+    if flat > len(levels) / 10:
         print(f"warning  {message}")
+
+
+def prepare(settings, preparation, images, examples):
+    """Yield the examples with images as the preparation has them: 8 bits, one channel or three."""
+    low, high, channels = preparation
+    if channels == 1 and not all(example.is_grey for example in examples):
+        raise SettingsError(f"{settings.dataset} has colours, and the images of the run have none")
+    for image, example in zip(images, examples, strict=True):
+        scaled = np.interp(image.astype(np.float64), [low, high], [0, 255])
+        scaled = scaled[..., np.arange(channels) % image.shape[2]]  # one of three, or three of one
+        yield example._replace(image=np.rint(scaled).astype(np.uint8))
+
+
+def split(settings, examples):
+    """Return the rows of the images to train and to test on: those of the test split, or without
+    any, a random tenth.
+    """
+    rows = np.arange(len(examples))
+    is_test = np.array([example.is_test for example in examples])
+    if is_test.any():
+        return rows[~is_test], rows[is_test]
+    print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
+    rows = np.random.default_rng(settings.seed).permutation(rows)
+    return np.split(rows, [len(rows) * 9 // 10])
 
 
 def to_tensors(data):
@@ -806,46 +781,50 @@ def to_tensors(data):
         return images, tf.constant(data.train_rows)
 
 
-def split_rows(rows, images):
+def batch_rows(rows, images):
     """Return rows of images in batches of about 100,000 values: larger ones are not faster."""
     values = len(rows) * math.prod(images.shape[1:])
     return np.array_split(rows, min(len(rows), math.ceil(values / 100_000)))
 
 
 # --------------------------------------------------------------------------------------------------
-# Readers of arrays, folders and TFDS datasets
+# Readers. For each kind of set, one function opens it and returns the number of its images, or of
+# the files in a folder, and an iterator of examples.
 
 
-def choose_reader(settings):
-    """Return the reader for `dataset`, which yields examples."""
+def open_dataset(settings):
+    """Open `dataset` with the reader for its kind."""
     path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset)
     if settings.dataset == "mnist":  # as the README has it
         if path.exists():
             print("note     mnist is the TFDS dataset; the folder is ./mnist")
-        return read_tfds(settings)
+        return open_tfds(settings)
     if path.is_dir() and not any(map(match_idx, path.iterdir())):
-        return read_folder(path, settings)
+        return open_folder(settings, path)
     if path.is_dir() or path.suffix.lower() in (".npz", ".npy"):
-        return read_arrays(path, settings)
-    return read_tfds(settings)
+        return open_arrays(settings, path)
+    return open_tfds(settings)
 
 
-def make_example(settings, image, is_test, label, file, total):
+def make_example(settings, image, is_test, label, file):
     """Return an example of an image of any size, (height, width, channels)."""
     low = float(image.min())
     high = float(image.max())
     dtype = image.dtype.newbyteorder("=")
+    image = image.astype(dtype, copy=False)
     if settings.image_size:
-        # Pillow resizes two types. Masks of 0 and 1 need the fractions, too.
-        image = image.astype(np.uint8 if dtype == np.uint8 and high > 1 else np.float32)
+        # Pillow resizes two types.
+        image = image.astype(np.uint8 if dtype == np.uint8 else np.float32)
         size = (settings.image_size, settings.image_size)
         channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
         image = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
-    return Example(image, dtype, low, high, is_test, label, file, total)
+    channels = range(1, image.shape[2])  # all at once would take four times as long
+    is_grey = all(np.array_equal(image[..., 0], image[..., channel]) for channel in channels)
+    return Example(image, is_grey, dtype, low, high, is_test, label, file)
 
 
-def read_arrays(path, settings):
-    """Read x_train, y_train, x_test and y_test, as Keras names them, from a .npz file, or from
+def open_arrays(settings, path):
+    """Open a .npz file with x_train, y_train, x_test and y_test, as Keras names them, or
     MNIST's IDX files in a folder; or a .npy file of one array.
     """
     try:
@@ -859,34 +838,29 @@ def read_arrays(path, settings):
         raise
     except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
-    splits = ["train", "test"] if "x_test" in arrays else ["train"]
-    total = 0
-    for split in splits:
-        images = arrays.get(f"x_{split}", np.empty(0))
-        is_numeric = images.dtype.kind in "buif"
-        is_image = is_numeric and images.ndim in (3, 4) and images.size > 0
-        labels = to_labels(arrays.get(f"y_{split}", np.full(images.shape[:1], "")))
+    splits = {}  # images and labels by name
+    for name in ("train", "test") if "x_test" in arrays else ("train",):
+        images = arrays.get(f"x_{name}", np.empty(0))
+        labels = arrays.get(f"y_{name}", np.full(images.shape[:1], "")).flatten()
+        if labels.dtype.kind == "S":
+            labels = np.char.decode(labels, "utf-8", "replace")
+        is_image = images.dtype.kind in "buif" and images.ndim in (3, 4) and images.size > 0
         if not is_image or len(labels) != len(images):
             raise SettingsError(
-                f"{path} must have numbers as x_{split}, (n, height, width) or (n, height, width,"
-                f" channels), and n labels as y_{split}, if any"
+                f"{path} must have numbers as x_{name}, (n, height, width) or (n, height, width,"
+                f" channels), and n labels as y_{name}, if any"
             )
-        arrays[f"y_{split}"] = labels
-        total += len(images)
-    for split in splits:
-        for number, image in enumerate(arrays[f"x_{split}"]):
-            label = arrays[f"y_{split}"][number]
+        splits[name] = (images, labels)
+    total = sum(len(images) for images, _ in splits.values())
+    return total, read_arrays(settings, splits)
+
+
+def read_arrays(settings, splits):
+    """Yield the examples in arrays."""
+    for name, (images, labels) in splits.items():
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             image = np.atleast_3d(image)
-            yield make_example(settings, image, split == "test", label, str(number), total)
-
-
-def to_labels(labels):
-    """Return labels, (n,), of any array of them: also bytes of text, and rows that are one-hot."""
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
-    elif labels.ndim == 2 and labels.shape[1] > 1 and (np.sort(labels)[:, -2:] == [0, 1]).all():
-        labels = labels.argmax(axis=1)
-    return labels.flatten()
+            yield make_example(settings, image, name == "test", label, f"{name}/{number}")
 
 
 def match_idx(path):
@@ -930,6 +904,22 @@ def find_splits(names):
     return next(iter(train), None), next(iter(test), None)
 
 
+def open_folder(settings, folder):
+    """Open a folder of pictures; subfolders of it, or of its splits, are classes."""
+    # What runs write is not data.
+    excluded = {settings.log_dir.resolve(), settings.sample_dir.resolve()}
+    if folder.resolve() in excluded:
+        raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
+    splits = choose_splits(folder, excluded)
+    jobs = []  # the arguments of read_picture()
+    for split, is_test in splits.items():
+        for path in find_files(split, excluded):
+            *classes, _ = path.relative_to(split).parts
+            label = classes[0] if classes else ""
+            jobs.append((path, is_test, label, path.relative_to(folder).as_posix()))
+    return len(jobs), read_folder(settings, splits, jobs)
+
+
 def list_visible(folder, excluded):
     """Return the paths in a folder, in order, but for excluded folders, and what is hidden or made
     by other programs: .git, ._x.png, @eaDir, __MACOSX.
@@ -953,59 +943,46 @@ def find_files(folder, excluded):
 def choose_splits(folder, excluded):
     """Return the folders of a set, and whether each is to test on: {path: is_test}.
 
-    They are splits in the folder itself, or in one of its subfolders, as archives unpack; or the
-    folder itself. Raises SettingsError if there are several sets.
+    They are set/train and set/test; or set/data/train and set/data/test, if data is all that is in
+    the set, as archives unpack; or the set itself, whose folders are classes. Refused are
+    set/a/train and set/a/test beside set/b.
     """
-    found = {}
-    top = list_visible(folder, excluded)
-    for place in [folder, *filter(Path.is_dir, top)]:
-        names = [path.name for path in list_visible(place, excluded) if path.is_dir()]
-        train, test = find_splits(names)
-        # Beside others, a folder "train" without "test" may hold a class, such as of vehicles.
-        if folder not in found and train and (test or names == [train]):
-            found[place] = {place / train: False} | ({place / test: True} if test else {})
-    is_class = len(top) > 1 and folder not in found and [*map(len, found.values())] == [1]
-    if not found or is_class:
-        return {folder: False}
-    if len(found) > 1:
-        names = ", ".join(place.name for place in found)
-        raise SettingsError(f"{folder} has several sets, {names}: use one of them as --dataset")
-    [(place, splits)] = found.items()
-    unused = {*top, *list_visible(place, excluded)} - {place, *splits}
-    unused = ", ".join(path.name for path in sorted(unused))
-    used = " and ".join(path.relative_to(folder).as_posix() for path in splits)
-    print(f"splits   {used}; not used: {unused or 'nothing'}")
-    return splits
+    paths = list_visible(folder, excluded)
+    folders = [path for path in paths if path.is_dir()]
+    train, test = find_splits(path.name for path in folders)
+    # Beside others, a folder "train" without "test" may hold a class, such as of vehicles.
+    if train and (test or len(folders) == 1):
+        splits = {folder / train: False} | ({folder / test: True} if test else {})
+        used = " and ".join(path.name for path in splits)
+        unused = ", ".join(path.name for path in paths if path not in splits)
+        print(f"splits   {used} in {folder}; not used: {unused or 'nothing'}")
+        return splits
+    for path in folders:
+        inner = [place.name for place in list_visible(path, excluded) if place.is_dir()]
+        train, test = find_splits(inner)
+        # A folder "train" alone may also be found in a class, if there are several.
+        has_splits = train and (test or len(folders) == len(inner) == 1)
+        if has_splits and paths == [path]:
+            return choose_splits(path, excluded)
+        if has_splits:
+            raise SettingsError(f"{folder} has splits in a subfolder: use {path} as --dataset")
+    return {folder: False}
 
 
-def read_folder(folder, settings):
-    """Read the pictures in a folder; subfolders of it, or of its splits, are classes.
-
-    Raises SettingsError if there are no pictures.
-    """
-    # What runs write is not data.
-    excluded = {settings.log_dir.resolve(), settings.sample_dir.resolve()}
-    if folder.resolve() in excluded:
-        raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
-    splits = choose_splits(folder, excluded)
-    jobs = []  # the arguments of read_picture()
-    for split, is_test in splits.items():
-        for path in find_files(split, excluded):
-            *classes, _ = path.relative_to(split).parts
-            label = classes[0] if classes else ""
-            jobs.append((path, is_test, label, path.relative_to(folder).as_posix()))
-    counts = dict.fromkeys(splits.values(), 0)
+def read_folder(settings, splits, jobs):
+    """Yield the examples in picture files; say which files are no pictures."""
+    kinds = set()  # of splits, by is_test
     remarks = {}  # files by remark
-    for example, remark, path in map_in_order(partial(read_picture, settings, len(jobs)), jobs):
+    for example, remark, path in map_in_order(partial(read_picture, settings), jobs):
         if remark:
             remarks.setdefault(remark, []).append(path)
         if example:
-            counts[example.is_test] += 1
+            kinds.add(example.is_test)
             yield example
     for remark, paths in remarks.items():
         print(f"pictures {len(paths):,} {remark}, such as {paths[0]}")
     for split, is_test in splits.items():
-        if counts[is_test] == 0:
+        if is_test not in kinds:
             raise SettingsError(
                 f"no pictures in {split}, of {len(jobs):,} files (to read a TFDS dataset, give its"
                 " name, and its folder as --data-dir)"
@@ -1020,13 +997,13 @@ def map_in_order(function, jobs):
             yield from pool.map(function, jobs[start : start + 4 * cores])
 
 
-def read_picture(settings, total, job):
+def read_picture(settings, job):
     """Return the example in a file, or None, with a remark on it or "", and its path."""
     path, is_test, label, file = job
     picture, remark = open_picture(path)
     if picture is None:
         return None, remark, path
-    return make_example(settings, picture, is_test, label, file, total), remark, path
+    return make_example(settings, picture, is_test, label, file), remark, path
 
 
 THUMBNAIL = 254  # tags of TIFF and EXIF: 1 if there is a larger picture in the file
@@ -1041,9 +1018,9 @@ def open_picture(path):
     remark = ""
     if path.suffix.lower() in (".heic", ".heif"):
         return None, "skipped, of the format HEIC: convert them"
-    if not path.is_file():  # opening a pipe would block
-        return None, "skipped, no files"
     try:
+        if not path.is_file():  # opening a pipe would block
+            return None, "skipped, not regular files"
         Image.init()
         formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would run
         with Image.open(path, formats=formats) as picture:
@@ -1055,7 +1032,9 @@ def open_picture(path):
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 remark = "of several frames, of which the first is used"
             picture.load()
-            if not turn_upright(picture):
+            try:
+                turn_upright(picture)
+            except Exception:
                 remark = "taken as they lie, since their EXIF data cannot be read"
         if picture.mode.startswith(("I", "F")):  # more than eight bits
             return np.asarray(picture)[..., np.newaxis], remark
@@ -1072,44 +1051,22 @@ def open_picture(path):
 
 
 def turn_upright(picture):
-    """Turn a picture as its EXIF data say; return whether they could be read."""
-    try:
-        exif = picture.getexif()
-        is_damaged = len(picture.info.get("exif", "")) > 6 and not exif  # 6 bytes are a header
-        if is_damaged or not isinstance(exif.get(ORIENTATION, 1), int):
-            return False
-        for tag in exif.keys() - {ORIENTATION}:  # Pillow would stumble over any that is malformed
-            del exif[tag]
-        ImageOps.exif_transpose(picture, in_place=True)
-        return True
-    except Exception:  # Pillow raises many errors for broken data
-        return False
+    """Turn a picture as its EXIF data say. Pillow raises many errors if they are damaged."""
+    exif = picture.getexif()
+    if not exif and len(picture.info.get("exif", "")) > 6:  # more than a header
+        raise ValueError("Pillow found nothing in them")
+    for tag in exif.keys() - {ORIENTATION}:  # Pillow would stumble over any that is malformed
+        del exif[tag]
+    ImageOps.exif_transpose(picture, in_place=True)
 
 
-def read_tfds(settings):
-    """Read a TFDS image dataset; download it if needed."""
+def open_tfds(settings):
+    """Open a TFDS image dataset; download it if needed."""
     import absl.logging  # slow imports, used only here
     import requests
-    import tensorflow_datasets as tfds
 
     absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
-    # A set's features.json can name modules to import: not those beside the script or in the
-    # working folder, where the set may have come with them.
-    search_path = sys.path.copy()
-    own = (Path.cwd(), SCRIPT.parent)
-    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
-    try:
-        builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
-        features = dict(builder.info.features)
-        shape = features["image"].shape
-    except Exception as error:  # TFDS raises many errors for a wrong name
-        reason, *_ = (str(error).strip() or repr(error)).splitlines()  # a list of all may follow
-        raise SettingsError(
-            f"{settings.dataset!r} is not a folder, a .npz or .npy file, or a TFDS image dataset:"
-            f" {reason}"
-        ) from None
-    finally:
-        sys.path[:] = search_path
+    builder = find_builder(settings)
     if not builder.is_prepared():
         try:
             # Without a network, TFDS itself would try for minutes.
@@ -1120,29 +1077,62 @@ def read_tfds(settings):
                 f"{settings.dataset} is not in {builder.data_dir}, and cannot be downloaded: see"
                 f" README.md about offline use ({error})"
             ) from error
-    # Labels without names are numbers or texts.
-    to_name = getattr(features.get("label"), "int2str", tf.compat.as_str_any)
+    sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
+    train, test = find_splits(sizes)
+    if not train:
+        raise SettingsError(f"{settings.dataset} has no split to train on: {[*sizes]}")
+    splits = {train: False} | ({test: True} if test else {})
+    print(f"splits   {' and '.join(splits)} of {', '.join(sizes)}")
+    return sum(sizes[split] for split in splits), read_tfds(settings, builder, splits)
+
+
+def find_builder(settings):
+    """Return TFDS's builder of an image dataset."""
+    import tensorflow_datasets as tfds
+
+    # A set's features.json can name modules to import: not those beside the script or in the
+    # working folder, where the set may have come with them.
+    search_path = sys.path.copy()
+    own = (Path.cwd(), SCRIPT.parent)
+    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
+    try:
+        builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
+        if "image" not in builder.info.features:
+            raise ValueError("it has no images")
+        return builder
+    except Exception as error:  # TFDS raises many errors for a wrong name
+        reason, *_ = (str(error).strip() or repr(error)).splitlines()  # a list of all may follow
+        raise SettingsError(
+            f"{settings.dataset!r} is not a folder, a .npz or .npy file, or a TFDS image dataset:"
+            f" {reason}"
+        ) from None
+    finally:
+        sys.path[:] = search_path
+
+
+def read_tfds(settings, builder, splits):
+    """Yield the examples of a TFDS dataset."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features)
     wanted = {key: True for key in ("image", "label") if key in features}
     decoders = tfds.decode.PartialDecoding(wanted)
+    # Labels without names are numbers or texts.
+    to_name = getattr(features.get("label"), "int2str", tf.compat.as_str_any)
     # Batches are three times faster; they must be of one size, and small.
+    shape = features["image"].shape
     batch_size = 1 if None in shape else max(1, 1_000_000 // math.prod(shape))
-    train, test = find_splits(builder.info.splits)
-    if not train:
-        raise SettingsError(
-            f"{settings.dataset} has no split to train on: {[*builder.info.splits]}"
-        )
-    splits = [split for split in (train, test) if split]
-    total = sum(builder.info.splits[split].num_examples for split in splits)
-    print(f"splits   {' and '.join(splits)} of {', '.join(builder.info.splits)}")
     try:
-        for split in splits:
+        for split, is_test in splits.items():
+            number = 0
             batches = builder.as_dataset(split=split, decoders=decoders, batch_size=batch_size)
             for batch in tfds.as_numpy(batches):
                 labels = batch.get("label", [""] * len(batch["image"]))
                 for image, label in zip(batch["image"], labels, strict=True):
                     is_unlabelled = np.array_equal(label, -1)  # as in many test splits
                     name = "" if is_unlabelled else to_name(label)
-                    yield make_example(settings, image, split == test, name, "", total)
+                    yield make_example(settings, image, is_test, name, f"{split}/{number}")
+                    number += 1
     except (ValueError, tf.errors.OpError) as error:
         raise RunError(f"{builder.data_dir} is damaged: download it again ({error})") from error
 
@@ -1151,10 +1141,107 @@ def read_tfds(settings):
 # State, and resuming
 #
 # A step depends on the weights, the moments, the images, the settings and its own number, and on
-# nothing else (see batch_indices). So a checkpoint of weights, moments and losses, whose number is
-# the step, resumes to the bit. No signal is handled: Ctrl-C ends a run as kill -9 does, and costs
-# the steps since the last checkpoint. Their events and pictures are written again, with equal
-# values.
+# nothing else (see batch_indices). So a checkpoint of weights, moments, losses and configuration
+# resumes a run to the bit. No signal is handled: Ctrl-C ends a run as kill -9 does, and costs the
+# steps since the last checkpoint. Their events and pictures are written again, with equal values.
+
+
+class State:
+    """What a checkpoint holds: the configuration, all variables, the losses of all steps, and those
+    of the previews.
+    """
+
+    def __init__(self, log_folder, config, autoencoder, optimizer):
+        self.log_folder = log_folder
+        self.config = config
+        self.variables = [*autoencoder.variables, *optimizer.variables]
+        self.losses = np.zeros(0, np.float32)
+        self.previews = {}  # losses by step
+
+    @property
+    def step(self):
+        """The number of steps done."""
+        return len(self.losses)
+
+    def add_losses(self, losses):
+        """Add the losses of steps that have been done."""
+        self.losses = np.append(self.losses, losses)
+        check_finite(losses, self.step)
+
+    def save(self):
+        """Write a checkpoint, and keep only the last three."""
+        arrays = {variable.path: variable.numpy() for variable in self.variables}
+        for array in arrays.values():
+            check_finite(array, self.step)
+        arrays |= {
+            "config": json.dumps(self.config),
+            "losses": self.losses,
+            "previews": list(self.previews.items()),
+        }
+        path = path_of_checkpoint(self.log_folder, self.step)
+        write_arrays(path, arrays)
+        if is_chief():
+            older = [other for other in list_checkpoints(self.log_folder) if other < path]
+            for other in older[:-2]:
+                other.unlink()
+
+    def restore(self, checkpoint):
+        """Take over a checkpoint, if any: of the same layers, and the same one in all workers."""
+        if checkpoint:
+            for variable in self.variables:
+                array = checkpoint.get(variable.path, np.empty(0))
+                if (array.shape, array.dtype) != (tuple(variable.shape), variable.dtype):
+                    raise SettingsError(
+                        f"the layers in train_ae.py are not those of the run ({variable.path}):"
+                        " undo the edit, or use another --run-name"
+                    )
+            assign(self.variables, checkpoint)
+            self.losses = checkpoint["losses"]
+            self.previews = checkpoint["previews"]
+        if not all_workers_agree(self.step):
+            raise RunError(f"workers find different checkpoints: is {self.log_folder} shared?")
+
+
+def check_finite(values, step):
+    """Raise RunError if a value is infinite or not a number."""
+    if not np.isfinite(values).all():
+        raise RunError(
+            f"loss or weights not finite by step {step:,}: use a lower --learning-rate, and another"
+            " --run-name"
+        )
+
+
+def load_checkpoint(log_folder):
+    """Return the newest usable checkpoint, a dictionary; an empty one for a new run."""
+    paths = list_checkpoints(log_folder)
+    for path in reversed(paths):
+        try:
+            with np.load(path) as file:
+                checkpoint = dict(file)
+            config = json.loads(str(checkpoint.pop("config")))
+            if not all(np.isfinite(array).all() for array in checkpoint.values()):
+                raise ValueError("not all numbers are finite")
+            losses = checkpoint["losses"]
+            if losses.dtype != np.float32 or path != path_of_checkpoint(log_folder, len(losses)):
+                raise ValueError("its losses are not those of the steps")
+            previews = {int(step): loss for step, loss in checkpoint["previews"]}
+            return checkpoint | {"config": config, "previews": previews}
+        except Exception as error:  # NumPy raises many errors for damaged files
+            print(f"warning  {path} is damaged, and skipped: {error!r}")
+    if paths:
+        raise RunError(f"no checkpoint in {log_folder} is usable: use another --run-name")
+    return {}
+
+
+def path_of_checkpoint(log_folder, step):
+    """Return the path of the checkpoint of a step."""
+    return log_folder / "checkpoints" / f"step_{step:012}.npz"
+
+
+def list_checkpoints(log_folder):
+    """Return the paths of a run's checkpoints in order; other files are left alone."""
+    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
+
 
 TRAINING_LOCK = threading.Lock()  # held by the thread that trains
 
@@ -1179,7 +1266,7 @@ def lock(folder):
 
 def read_weights(settings, image_shape):
     """Return the weights of --weights by name; nothing without it, or if the file is gone and the
-    run has a checkpoint. Raises SettingsError if they are not those of a model of this run.
+    run has a checkpoint. They must be those of a model of this run.
     """
     path = settings.weights
     if not path or (not path.exists() and list_checkpoints(settings.log_folder)):
@@ -1208,14 +1295,15 @@ def assign(variables, arrays):
             variable.assign(arrays[variable.path])
 
 
-# What may differ from config.json. All else must be equal.
+# Settings and facts that may differ between a run and its resumption, or between its workers. All
+# others must be equal: a setting that is added belongs here if no number depends on it.
 
-# No number depends on these: contents are compared by checksum.
-FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
-# Nor on these, when a run resumes; but several workers must stop after the same steps.
-FREE_TO_RESUME = FREE | {"steps", "sample_every", "checkpoint_every"}
-# Only last digits depend on these: a warning is enough.
-WARNED = {"tensorflow", "keras", "onednn", "devices", "threads", "replicas"}
+# Names and places: contents are compared by checksum.
+PLACES = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
+# What may change when a run resumes, but not between workers, which must stop after the same steps.
+MAY_CHANGE = PLACES | {"steps", "sample_every", "checkpoint_every"}
+# What only last digits depend on: a warning is enough.
+MACHINE = {"tensorflow", "keras", "onednn", "devices", "threads", "replicas"}
 
 
 def make_config(settings, data, weights):
@@ -1226,7 +1314,7 @@ def make_config(settings, data, weights):
         "FILTERS": list(FILTERS),
         "preparation": list(data.preparation),
         "checksum of images": data.checksum,
-        "checksum of test images": zlib.crc32(data.test_rows),
+        "checksum of test images": zlib.crc32(data.test_rows),  # which of the images they are
         "checksum of labels": zlib.crc32(data.test_labels),
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
@@ -1243,51 +1331,38 @@ def make_config(settings, data, weights):
     return config
 
 
-def agree_on_config(folder, config):
-    """Write the configuration, and check it: against that of the run that resumes, if any, and in
-    the other workers against what worker 0 has written. Return what identifies the run.
-
-    Raises SettingsError if a difference is not allowed.
+def agree_on_config(settings, config, checkpoint):
+    """Return the configuration of the run, and write it to config.json, once it is found to be that
+    of its checkpoint, if it has one, and that of all workers.
     """
-    path = folder / "config.json"
-    if is_chief():
-        run_id = zlib.crc32(json.dumps(config).encode())  # marks the checkpoints of this run
-        before = {}
-        checkpoints = list_checkpoints(folder)
-        if checkpoints:
-            before = read_config(path)
-            run_id = before.get("run", run_id)
-            compare_configs(before, config, FREE_TO_RESUME)
-            done = int(checkpoints[-1].stem.removeprefix("step_"))
-            if done > config["steps"]:
-                raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
-        write_json(path, before | config | {"run": run_id})
-    wait_for_workers()
-    written = read_config(path)
-    compare_configs(written, config, FREE)  # now, since workers that build other models would hang
-    return written["run"]
-
-
-def read_config(path):
-    """Return the contents of config.json. Raises SettingsError if it is not there, or damaged."""
-    try:
+    if checkpoint:
         # The defaults stand in for settings that have been added to the script since.
-        return Settings().model_dump(mode="json") | json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise SettingsError(
-            f"{path}, with the settings of the run, is lost or damaged: use another --run-name;"
-            f" workers must share --log-dir and --run-name ({error})"
-        ) from error
+        before = Settings().model_dump(mode="json") | checkpoint["config"]
+        compare_configs(before, config, MAY_CHANGE)
+        done = len(checkpoint["losses"])
+        if done > settings.steps:
+            raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
+        config = before | config
+    path = settings.log_folder / "config.json"
+    write_json(path, config)
+    wait_for_workers()
+    if not is_chief():  # which has written it; workers that built other models would hang
+        try:
+            written = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
+        compare_configs(written, config, PLACES)
+    return config
 
 
 def compare_configs(before, now, free):
-    """Raise SettingsError for what differs and is not free to; warn of what is in WARNED."""
+    """Raise SettingsError for what differs and is not free to; warn of what is in MACHINE."""
     for name, value in now.items():
         old = before.get(name)
         if name in free or value == old:
             continue
         message = f"the run has {name} {old}, but now it is {value}"
-        if name in WARNED:
+        if name in MACHINE:
             print(f"warning  {message}: numbers may differ")
             continue
         if name.startswith("checksum"):
@@ -1295,110 +1370,17 @@ def compare_configs(before, now, free):
         raise SettingsError(f"{message}: use what it was started with, or another --run-name")
 
 
-def keep_script(path):
-    """Copy this script to a path; print what has changed since it was copied there before."""
+def keep_script(path, is_new):
+    """Copy this script for a new run; print the first changes since, if the run resumes."""
     now = SCRIPT.read_text("utf-8")
-    if path.exists():
+    if is_new:
+        write_atomically(path, lambda part: part.write_text(now, "utf-8"))
+    elif path.exists():
         before = path.read_text("utf-8", errors="replace").splitlines()
         edits = list(difflib.unified_diff(before, now.splitlines(), n=0, lineterm=""))
         if edits:
             print("warning  train_ae.py has changed since the run began: numbers may differ")
-            print("\n".join(edits[2:12]))
-    write_atomically(path, lambda part: part.write_text(now, "utf-8"))
-
-
-class State:
-    """What a checkpoint holds: all variables, the losses of all steps, and the preview losses."""
-
-    def __init__(self, log_folder, run_id, autoencoder, optimizer):
-        self.log_folder = log_folder
-        self.run_id = run_id
-        variables = [*autoencoder.variables, *optimizer.variables]
-        self.variables = {variable.path: variable for variable in variables}
-        self.losses = np.zeros(0, np.float32)
-        self.previews = {}  # losses by step
-
-    @property
-    def step(self):
-        """The number of steps done."""
-        return len(self.losses)
-
-    def add_losses(self, losses):
-        """Add the losses of steps that have been done. Raises RunError if they are not finite."""
-        self.losses = np.append(self.losses, losses)
-        check_finite(losses, self.step)
-
-    def save(self):
-        """Write a checkpoint, and keep only the last three."""
-        arrays = {name: variable.numpy() for name, variable in self.variables.items()}
-        for array in arrays.values():
-            check_finite(array, self.step)
-        arrays |= {"losses": self.losses, "previews": np.array(list(self.previews.items()))}
-        path = self.path_of(self.step)
-        write_arrays(path, arrays | {"run": self.run_id})
-        older = [other for other in list_checkpoints(self.log_folder) if other < path]
-        for other in older[:-2]:
-            other.unlink(missing_ok=True)
-
-    def restore(self):
-        """Load the newest usable checkpoint, if there are any.
-
-        Raises SettingsError if the model has changed, and RunError if no checkpoint is usable, or
-        if the workers find different ones.
-        """
-        paths = list_checkpoints(self.log_folder)
-        for path in reversed(paths):
-            fault = self.load(path)
-            if not fault:
-                break
-            print(f"warning  {path} is skipped: {fault}")
-        if paths and not self.step:
-            raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
-        if not all_workers_agree(self.step):
-            raise RunError(f"workers find different checkpoints: is {self.log_folder} shared?")
-
-    def load(self, path):
-        """Load a checkpoint, or return why it is unusable. Raises SettingsError for new layers."""
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-            run_id = arrays["run"]
-            losses = arrays["losses"]
-            previews = {int(step): loss for step, loss in arrays["previews"]}
-            is_complete = losses.dtype == np.float32 and path == self.path_of(len(losses))
-            is_finite = all(np.isfinite(array).all() for array in arrays.values())
-        except Exception as error:  # NumPy raises many errors for damaged files
-            return f"damaged ({error!r})"
-        if run_id != self.run_id:
-            return "of another run"
-        if not is_complete or not is_finite:
-            return "damaged"
-        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        needed = {name: (tuple(v.shape), v.dtype) for name, v in self.variables.items()}
-        if not needed.items() <= kinds.items():
-            raise SettingsError(
-                f"the layers in train_ae.py are not those of {path}: undo the edit, or use another"
-                " --run-name"
-            )
-        assign(self.variables.values(), arrays)
-        self.losses = losses
-        self.previews = previews
-        return ""
-
-    def path_of(self, step):
-        """Return the path of the checkpoint of a step."""
-        return self.log_folder / "checkpoints" / f"step_{step:012}.npz"
-
-
-def list_checkpoints(log_folder):
-    """Return the paths of a run's checkpoints in order; other files are left alone."""
-    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
-
-
-def check_finite(values, step):
-    """Raise RunError if a value is infinite or not a number."""
-    if not np.isfinite(values).all():
-        raise RunError(f"loss or weights not finite by step {step:,}: use a lower --learning-rate")
+            print(*edits[2:12], sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1417,10 +1399,10 @@ class Evaluation(NamedTuple):
     psnr: tf.Tensor  # in dB, at most 100
 
 
-def evaluate_batch(autoencoder, noise, seed, images, number):
-    """Return the evaluation of a batch of uint8 images, with the noise of this number, if any."""
+def evaluate_batch(autoencoder, seed, images, number, noise):
+    """Return the evaluation of a batch of uint8 images, with noise of this standard deviation."""
     targets = to_float(images)
-    inputs = add_noise(targets, noise, seed, number)
+    inputs = add_noise(targets, noise, seed, -number)  # no step has a negative number
     latents = autoencoder.get_layer("encoder")(inputs, training=False)
     outputs = autoencoder.get_layer("decoder")(latents, training=False)
     shown = tf.clip_by_value(outputs, 0, 1)
@@ -1435,36 +1417,42 @@ def evaluate_batch(autoencoder, noise, seed, images, number):
 
 
 def compile_evaluation(
-    autoencoder: keras.Model, noise: float = 0.0, seed: int = 0
-) -> Callable[[np.ndarray, int], Evaluation]:
-    """Return evaluate(images, number) for a model: images are (batch, height, width, channels)
-    uint8; the number, that of a batch, counts from -1 downwards and selects the noise.
+    autoencoder: keras.Model, seed: int = 0
+) -> Callable[[np.ndarray, int, float], Evaluation]:
+    """Return evaluate(images, number, noise) for a model: images are (batch, height, width,
+    channels) uint8; number is that of the batch, from 1, and noise the standard deviation of its
+    noise, a function of seed and number, or 0.
     """
-    signature = [tf.TensorSpec(autoencoder.input_shape, tf.uint8), tf.TensorSpec((), tf.int64)]
-    evaluate = partial(evaluate_batch, autoencoder, noise, seed)
+    signature = [
+        tf.TensorSpec(autoencoder.input_shape, tf.uint8),
+        tf.TensorSpec((), tf.int64),
+        tf.TensorSpec((), tf.float32),
+    ]
+    evaluate = partial(evaluate_batch, autoencoder, seed)
     return tf.function(evaluate, input_signature=signature, autograph=False)
 
 
 def compute_metrics(
-    evaluate: Callable[[np.ndarray, int], Evaluation], data: Data
+    evaluate: Callable[[np.ndarray, int, float], Evaluation], data: Data, noise: float = 0.0
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the mean metrics of all test images, and the contents of latents.npz: the latent and
     the error of each, with labels, class names and file names.
     """
     results = []
-    batches = split_rows(data.test_rows, data.images)
+    batches = batch_rows(data.test_rows, data.images)
     for number, rows in enumerate(make_bar(batches, "testing", delay=2), start=1):
-        result = evaluate(data.images[rows], -number)
-        results.append(result[2:])  # all inputs and outputs would take much memory
-    latents, losses, errors, psnr = zip(*results, strict=True)
-    errors = np.concatenate(errors)
+        result = evaluate(data.images[rows], number, noise)
+        results.append(result._replace(inputs=None, outputs=None))  # they would take much memory
+    losses = [result.loss for result in results]
+    errors = np.concatenate([result.errors for result in results])
+    psnr = np.concatenate([result.psnr for result in results])
     metrics = {
         "test_loss": float(np.average(losses, weights=[len(rows) for rows in batches])),
         "squared_error": float(errors.mean()),
-        "psnr": float(np.concatenate(psnr).mean()),
+        "psnr": float(psnr.mean()),
     }
     arrays = {
-        "latents": np.concatenate(latents),
+        "latents": np.concatenate([result.latents for result in results]),
         "errors": errors,
         "labels": data.test_labels,
         "classes": data.classes,
@@ -1475,16 +1463,15 @@ def compute_metrics(
 
 def compute_mean_image_loss(data):
     """Return the test loss of the mean training image: what a model that learns has to beat."""
-    interval = math.ceil(len(data.train_rows) / 10_000)  # the mean of so many is near enough
-    batches = split_rows(data.train_rows[::interval], data.images)
-    total = sum(data.images[rows].sum(axis=0, dtype=np.float64) for rows in batches)
-    mean_image = to_float(total / sum(map(len, batches)))
-    loss = 0.0
-    for rows in split_rows(data.test_rows, data.images):
+    values = len(data.train_rows) * data.images[0].size
+    rows = data.train_rows[:: math.ceil(values / 100_000_000)]  # more would take much memory
+    mean_image = to_float(data.images[rows].mean(axis=0))
+    batches = batch_rows(data.test_rows, data.images)
+    losses = []
+    for rows in batches:
         targets = to_float(data.images[rows])
-        outputs = tf.broadcast_to(mean_image, targets.shape)
-        loss += float(reconstruction_loss(targets, outputs)) * len(rows) / len(data.test_rows)
-    return loss
+        losses.append(reconstruction_loss(targets, tf.broadcast_to(mean_image, targets.shape)))
+    return float(np.average(losses, weights=[len(rows) for rows in batches]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1501,7 +1488,7 @@ def write_preview(state, images, evaluate, settings, writer, bar):
     and show it beside the mean of the last 50 training losses.
     """
     step = state.step
-    result = evaluate(images, -1)
+    result = evaluate(images, 1, settings.noise)
     loss = float(result.loss)
     check_finite(loss, step)
     state.previews[step] = loss
@@ -1558,8 +1545,8 @@ def draw_grid(rows, titles):
     pen = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=16)
     for number, title in enumerate(titles):
-        place = (6 + number * grid.width / len(titles), TITLE_HEIGHT // 2)
-        pen.text(place, title, "white", font, anchor="lm")
+        corner = (6 + number * grid.width / len(titles), TITLE_HEIGHT // 2)
+        pen.text(corner, title, "white", font, anchor="lm")
     return grid
 
 
@@ -1585,28 +1572,21 @@ def draw_pictures(settings, state, evaluate, data, errors):
 def draw_worst(path, evaluate, data, errors):
     """Draw the test images with the largest errors above their reconstructions, the worst first."""
     worst = np.argsort(-errors, kind="stable")[: count_in_picture(data)]
-    result = evaluate(data.images[data.test_rows[worst]], -1)
+    result = evaluate(data.images[data.test_rows[worst]], number=1, noise=0)
     grid = draw_grid([result.inputs, result.outputs], [f"{error:.4g}" for error in errors[worst]])
     write_atomically(path, grid.save)
 
 
 def draw_animation(path, previews):
     """Write a GIF of about twenty of the previews, most of them from the beginning."""
-    frames = []
-    missing = []
     # Geometric spacing favours the beginning, and repeats indices there: hence unique().
-    for index in np.unique(np.geomspace(1, len(previews), 28).astype(int)) - 1:
-        try:
-            # 16 grey levels make the file three times smaller.
-            frames.append(Image.open(previews[index]).point(lambda value: value // 16 * 17))
-        except (OSError, SyntaxError):  # Pillow raises either for damaged files
-            missing.append(previews[index])
-    if missing:
-        print(f"warning  {path} is made without {len(missing)} pictures, such as {missing[0]}")
-    if frames:
-        times = [300] * (len(frames) - 1) + [3000]  # ms
-        options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        write_atomically(path, partial(frames[0].save, **options))
+    indices = np.unique(np.geomspace(1, len(previews), 28).astype(int)) - 1
+    pictures = [Image.open(previews[index]) for index in indices]
+    # 16 grey levels make the file three times smaller.
+    frames = [picture.point(lambda value: value // 16 * 17) for picture in pictures]
+    times = [300] * (len(frames) - 1) + [3000]  # ms
+    options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    write_atomically(path, partial(frames[0].save, **options))
 
 
 @matplotlib.style.context("default")  # whatever a matplotlibrc says
@@ -1652,10 +1632,7 @@ def write_arrays(path, arrays):
 
 
 def write_atomically(path, save):
-    """Have `save` write a temporary file, then rename it to `path`, if this is the chief.
-
-    Raises RunError.
-    """
+    """Have `save` write a temporary file, then rename it to `path`, if this is the chief."""
     if not is_chief():
         return
     part = path.with_name(f".part-{path.name}")  # a prefix: the suffix selects the format
@@ -1665,8 +1642,9 @@ def write_atomically(path, save):
         save(part)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1680,7 +1658,8 @@ def configure_tensorflow(settings):
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
-    threads = 1 if settings.batch_size == 1 else os.cpu_count()
+    is_small = settings.batch_size == 1 and not is_large_step(settings)
+    threads = 1 if is_small else os.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         tf.config.experimental.enable_op_determinism()  # CPUs are deterministic anyway
@@ -1692,10 +1671,7 @@ def configure_tensorflow(settings):
 
 
 def make_strategy(settings):
-    """Return the strategy for the workers of TF_CONFIG, the GPUs here, or a single device.
-
-    Raises SettingsError if the batch size is not a multiple of the number of replicas.
-    """
+    """Return the strategy for the workers of TF_CONFIG, the GPUs here, or a single device."""
     gpus = tf.config.list_physical_devices("GPU")
     workers, _ = read_workers()
     if workers:
@@ -1719,29 +1695,19 @@ def make_strategy(settings):
 
 
 def read_workers():
-    """Return the addresses of all workers in TF_CONFIG, and which one this is; none and 0 without.
-
-    Raises SettingsError if TF_CONFIG is malformed.
-    """
-    try:
-        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
-        if not config:  # as clouds set it for a single machine
-            return [], 0
-        [(job, addresses)] = config["cluster"].items()
-        ports = [int(address.rpartition(":")[2]) for address in addresses]
-        index = config["task"]["index"]
-        is_valid = (
-            job == config["task"]["type"] == "worker"
-            and index in range(len(addresses))
-            and len({*addresses}) == len(addresses)
-            and 0 < min(ports) <= max(ports) < 2**16
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
-        form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
-        raise SettingsError(f"TF_CONFIG must have the form {form}, each address once")
-    return addresses, index
+    """Return the addresses of all workers in TF_CONFIG, and which one this is, or none and 0."""
+    text = os.environ.get("TF_CONFIG") or "{}"
+    with contextlib.suppress(ValueError, RecursionError):  # of text that is no JSON
+        match json.loads(text):
+            case {
+                "cluster": {"worker": [*addresses], **other_jobs},
+                "task": {"type": "worker", "index": int(index)},
+            } if index in range(len(addresses)) and not other_jobs:
+                return addresses, index
+            case {**entries} if not entries:  # as clouds set it for a single machine
+                return [], 0
+    form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
+    raise SettingsError(f"TF_CONFIG must have the form {form}")
 
 
 def is_chief():
@@ -1751,15 +1717,12 @@ def is_chief():
 
 
 def wait_for_workers():
-    """Return once all workers have called this. Raises TensorFlow's OpError if one has ended."""
+    """Return once all workers have called this; TensorFlow raises an OpError if one has ended."""
     all_workers_agree(0)
 
 
 def all_workers_agree(number):
-    """Return whether all workers call this with the same number, once all of them have.
-
-    Raises TensorFlow's OpError if one has ended.
-    """
+    """Return whether all workers call this with the same number, once all of them have."""
     strategy = tf.distribute.get_strategy()
     one_per_replica = strategy.run(lambda: tf.constant([number]))
     return len(np.unique(strategy.gather(one_per_replica, axis=0))) == 1
@@ -1773,6 +1736,14 @@ def list_devices():
 
 # --------------------------------------------------------------------------------------------------
 # Main
+
+
+class SettingsError(ValueError):
+    """An unusable setting or input; the message says what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """A run that failed; the message says what to do. Exit status 1."""
 
 
 def main(settings: Settings) -> int:
@@ -1791,7 +1762,9 @@ def main(settings: Settings) -> int:
         if "tfevents" in str(error):
             return fail(f"{settings.log_dir} cannot be written: is the disk full?")
         if isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
-            return fail("out of memory: use a smaller --batch-size or --image-size")
+            return fail(
+                "out of memory: use a smaller --batch-size or --image-size, or .npy for .npz"
+            )
         raise
 
 
@@ -1816,14 +1789,14 @@ def print_overview(settings, data, state):
     )
     print(f"classes  {len(data.classes):,}: {names}")
     tying = ", the decoder's kernels replaced by the encoder's" if settings.tied else ""
-    print(f"weights  {settings.weights or initial}{tying}")
+    if not state.step:
+        print(f"weights  {settings.weights or initial}{tying}")
     print(f"steps    {settings.steps:,} x {settings.batch_size:,} images = {epochs:.3g} epochs")
     if state.step:
         print(f"resumes  after step {state.step:,} of {settings.steps:,}")
     print(f"writes   {settings.log_folder} and {settings.sample_folder}")
     print(f"resume   with the same command and --run-name {settings.run_name}")
-    folder = shlex.quote(str(settings.log_dir))
-    print(f"view     tensorboard --logdir {folder} --samples_per_plugin images=1000")
+    print(f'view     tensorboard --logdir "{settings.log_dir}" --samples_per_plugin images=1000')
 
 
 def print_results(settings, data, metrics):

@@ -15,11 +15,13 @@ def losses(weights, images, slope=0.2, epsilon=1e-8, loss="summed over channels"
         slope, epsilon, loss: what the article has by default, for tests that change one of them.
     """
     weights = iter(weights)
+    strides = [1, 2, 2, 1]
 
     def variable(name, shape):
         value = next(weights)
         assert value.shape == tuple(shape), (name, value.shape, shape)
-        return tf1.get_variable(name, shape, initializer=tf1.constant_initializer(value))
+        initializer = tf1.constant_initializer(value)
+        return tf1.get_variable(name, shape, initializer=initializer)
 
     def leakyrelu(x):
         return tf.maximum(x, x * slope)
@@ -27,32 +29,47 @@ def losses(weights, images, slope=0.2, epsilon=1e-8, loss="summed over channels"
     def conv2d(input_, filters, name):
         with tf1.variable_scope(name):
             w = variable("w", [3, 3, input_.shape[-1], filters])
-            conv = tf1.nn.conv2d(input_, w, strides=[1, 2, 2, 1], padding="SAME")
-            return leakyrelu(tf1.nn.bias_add(conv, variable("b", [filters])))
+            b = variable("b", [filters])
+            conv = tf1.nn.conv2d(input_, w, strides, padding="SAME")
+            return leakyrelu(tf1.nn.bias_add(conv, b))
 
     def deconv2d(input_, size, filters, name):
         with tf1.variable_scope(name):
             w = variable("w", [3, 3, filters, input_.shape[-1]])
+            b = variable("b", [filters])
             deconv = tf1.nn.conv2d_transpose(
-                input_, w, [1, size, size, filters], [1, 2, 2, 1], padding="SAME"
+                input_,
+                w,
+                [1, size, size, filters],
+                strides,
+                padding="SAME",
             )
-            return leakyrelu(tf1.nn.bias_add(deconv, variable("b", [filters])))
+            return leakyrelu(tf1.nn.bias_add(deconv, b))
 
     with tf.Graph().as_default(), tf1.Session() as session:
         input_image = tf1.placeholder(tf.float32, [1, 28, 28, 1], "input_image")
-        hidden = input_image
-        for index, filters in enumerate((16, 32, 64, 128), 1):
-            hidden = conv2d(hidden, filters, f"conv{index}")
-        for index, (size, filters) in enumerate(((4, 64), (7, 32), (14, 16), (28, 1)), 1):
-            hidden = deconv2d(hidden, size, filters, f"deconv{index}")
+        hidden = conv2d(input_image, 16, "conv1")
+        hidden = conv2d(hidden, 32, "conv2")
+        hidden = conv2d(hidden, 64, "conv3")
+        hidden = conv2d(hidden, 128, "conv4")
+        hidden = deconv2d(hidden, 4, 64, "deconv1")
+        hidden = deconv2d(hidden, 7, 32, "deconv2")
+        hidden = deconv2d(hidden, 14, 16, "deconv3")
+        hidden = deconv2d(hidden, 28, 1, "deconv4")
         output = tf.tanh(hidden)
         error = tf.pow(tf.subtract(output, input_image), 2)
-        auto_loss = {
-            "summed over channels": tf1.reduce_mean(tf1.reduce_sum(error, 3)),
-            "summed over the image": tf1.reduce_mean(tf1.reduce_sum(error, [1, 2, 3])),
-            "half": tf1.reduce_mean(tf1.reduce_sum(error, 3)) / 2,
-        }[loss]
-        train = tf1.train.AdamOptimizer(0.001, beta1=0.9, epsilon=epsilon).minimize(auto_loss)
+        summed = tf1.reduce_sum(error, 3)
+        auto_loss = tf1.reduce_mean(summed)
+        if loss == "summed over the image":
+            auto_loss = tf1.reduce_sum(error)
+        if loss == "half":
+            auto_loss = auto_loss / 2
+        adam = tf1.train.AdamOptimizer(0.001, beta1=0.9, epsilon=epsilon)
+        train = adam.minimize(auto_loss)
         session.run(tf1.global_variables_initializer())
-        feeds = ({input_image: image[None]} for image in images)
-        return np.array([session.run([auto_loss, train], feed)[0] for feed in feeds])
+        found = []
+        for image in images:
+            feed = {input_image: image[np.newaxis]}
+            value, _ = session.run([auto_loss, train], feed)
+            found.append(value)
+        return np.array(found)

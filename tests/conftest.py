@@ -14,15 +14,11 @@ os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "stress: random moments, mounts or long runs")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("markexpr"):
-        items[:] = [item for item in items if "stress" not in item.keywords]
+    config.option.markexpr = config.option.markexpr or "not stress"
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("markexpr"):
+    if config.option.markexpr == "not stress":
         terminalreporter.line("Left out: tests of random moments and of long runs.")
         terminalreporter.line("They run with: python -m pytest -m stress")
 

@@ -17,21 +17,9 @@ import json
 import os
 import sys
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-
-def parse_arguments():
-    """Return the command line, as far as this is the script that runs."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path)
-    parser.add_argument("set", nargs="?")
-    parser.add_argument("--pictures", action="store_true")
-    return parser, parser.parse_args()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def read_config(run):
@@ -40,12 +28,17 @@ def read_config(run):
 
 
 if __name__ == "__main__":
-    PARSER, ARGUMENTS = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path)
+    parser.add_argument("set", nargs="?")
+    parser.add_argument("--pictures", action="store_true")
+    arguments = parser.parse_args()
     try:  # last digits depend on it, and TensorFlow reads it when it is imported
-        onednn = read_config(ARGUMENTS.run)["onednn"]
+        onednn = read_config(arguments.run)["onednn"]
     except (OSError, ValueError, KeyError) as error:
-        PARSER.error(f"{ARGUMENTS.run} is no folder of a run: {error}")
-    if onednn in ("0", "1"):
+        parser.error(f"{arguments.run} is no folder of a run: {error}")
+    if onednn != "default":
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
 
 import train_ae  # before TensorFlow, whose environment it sets
@@ -56,7 +49,6 @@ import matplotlib.style
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
-from PIL import Image
 
 # --------------------------------------------------------------------------------------------------
 # Metrics of each image, (n,), for (n, height, width, channels) float32, targets in [0, 1]
@@ -70,9 +62,9 @@ def squared_error(targets, outputs):
 def shift_tolerant_error(targets, outputs):
     """Return the smallest squared errors of outputs shifted by up to 2 pixels, black coming in."""
     _, height, width, _ = targets.shape
-    padded = np.pad(outputs, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    padded = keras.layers.ZeroPadding2D(2)(outputs).numpy()
     errors = []
-    for y, x in product(range(5), repeat=2):
+    for y, x in np.ndindex(5, 5):
         shifted = padded[:, y : y + height, x : x + width]
         errors.append(squared_error(targets, shifted))
     return np.min(errors, axis=0)
@@ -96,17 +88,17 @@ def compare(targets, outputs):
 
 def measure(model, settings, data):
     """Return the mean of each metric over all test images."""
-    evaluate = train_ae.compile_evaluation(model)
-    evaluate_noisy = train_ae.compile_evaluation(model, settings.noise, settings.seed)
+    evaluate = train_ae.compile_evaluation(model, settings.seed)
     means = Counter()
-    batches = train_ae.split_rows(data.test_rows, data.images)
+    batches = train_ae.batch_rows(data.test_rows, data.images)
     for number, rows in enumerate(batches, start=1):
-        result = evaluate(data.images[rows], -number)
+        images = data.images[rows]
+        result = evaluate(images, number, noise=0)
         targets = result.inputs.numpy()
         metrics = {"test loss": len(rows) * result.loss.numpy()}
         metrics |= compare(targets, np.clip(result.outputs, 0, 1))
         if settings.noise:  # as in the metrics of the run
-            noisy = evaluate_noisy(data.images[rows], -number)
+            noisy = evaluate(images, number, settings.noise)
             metrics["PSNR (dB) of noisy inputs"] = psnr(targets, noisy.inputs)
             metrics["PSNR (dB) from noisy inputs"] = noisy.psnr
         for name, values in metrics.items():
@@ -120,8 +112,7 @@ def measure(model, settings, data):
 
 def image_components(train, test):
     """Return all components of uint8 test images, by PCA of training images."""
-    train = train.reshape(len(train), -1) / np.float32(255)
-    test = test.reshape(len(test), -1) / np.float32(255)
+    train, test = [images.reshape(len(images), -1) / np.float32(255) for images in (train, test)]
     mean = train.mean(axis=0)
     train -= mean
     _, axes = tf.linalg.eigh(train.T @ train)
@@ -146,10 +137,9 @@ def open_run(run, dataset=None):
     """
     config = read_config(run)
     model = keras.models.load_model(run / "autoencoder.keras")
-    fields = train_ae.Settings.model_fields
-    values = {name: config[name] for name in fields if name in config}
-    values |= {"run_name": run.resolve().name, "dataset": dataset or config["dataset"]}
-    settings = train_ae.Settings(**values)
+    config |= {"run_name": run.resolve().name, "dataset": dataset or config["dataset"]}
+    names = train_ae.Settings.model_fields.keys() & config.keys()
+    settings = train_ae.Settings(**{name: config[name] for name in names})
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings, config["preparation"] if dataset else None)
     if not dataset and data.checksum != config["checksum of images"]:
@@ -172,8 +162,7 @@ def draw_latents(panels, labels, classes, path):
         axes = figure.add_subplot(1, len(panels), number, title=title, xticks=[], yticks=[])
         points = np.pad(points, [(0, 0), (0, 1)])  # for those of one number
         for index in range(len(classes)):
-            x, y = points[labels == index, :2].T
-            axes.plot(x, y, ".", markersize=3)
+            axes.plot(*points[labels == index, :2].T, ".", markersize=3)
     if 2 <= len(classes) <= 30:
         names = [name.encode(errors="backslashreplace").decode() for name in classes]
         axes.legend(
@@ -189,8 +178,7 @@ def draw_latents(panels, labels, classes, path):
 
 def examine_run(run):
     """Print the metrics of a run, and draw its first 1,000 test images and their latents."""
-    with np.load(run / "latents.npz") as file:  # first: a run that goes on has none yet
-        saved = dict(file)
+    saved = np.load(run / "latents.npz")  # first: a run that goes on has none yet
     settings, data, model = open_run(run)
     table = measure(model, settings, data)
     latents = saved["latents"].reshape(len(data.test_rows), -1)
@@ -208,8 +196,7 @@ def examine_run(run):
     else:
         panels["latents: the first two principal components"] = latent_components(latents[:1000])
     print_table(table)
-    path = settings.sample_dir / settings.run_name / "latents.png"
-    path.parent.mkdir(parents=True, exist_ok=True)  # if called from another folder
+    path = settings.sample_folder / "latents.png"
     draw_latents(panels, saved["labels"][:1000], saved["classes"], path)
     print(path)
 
@@ -232,7 +219,7 @@ def examine_set(run, dataset, with_pictures=False):
     name = place.stem if place.is_file() else place.name.replace(":", "_")
     path = run / "examined" / f"{name}.npz"
     train_ae.write_arrays(path, arrays)
-    folder = settings.sample_dir / settings.run_name / "examined" / name
+    folder = settings.sample_folder / "examined" / name
     train_ae.draw_worst(folder / "worst.png", evaluate, data, errors)
     if with_pictures:
         save_pictures(folder, evaluate, data)
@@ -241,22 +228,22 @@ def examine_set(run, dataset, with_pictures=False):
 
 def area(errors, is_anomaly):
     """Return how likely the error of an anomaly is larger than that of another image."""
-    ranks = np.empty(len(errors))
-    ranks[errors.argsort()] = np.arange(len(errors))
-    count = is_anomaly.sum()
-    return (ranks[is_anomaly].mean() - (count - 1) / 2) / (len(errors) - count)
+    others = np.sort(errors[~is_anomaly])
+    ranks = np.searchsorted(others, errors[is_anomaly])
+    return ranks.mean() / len(others)
 
 
 def save_pictures(folder, evaluate, data):
     """Write each reconstruction under the name of its picture, as .png."""
-    stems = Counter(Path(file).with_suffix("") for file in data.test_files)
-    for row, file in zip(data.test_rows, data.test_files, strict=True):
-        (outputs,) = evaluate(data.images[[row]], -1).outputs.numpy()
-        picture = Image.fromarray(np.rint(np.clip(outputs, 0, 1) * 255).astype(np.uint8).squeeze())
-        name = Path(file or "_").with_suffix("")
-        if stems[name] > 1:  # a.jpg beside a.png, or images of two splits of an array
-            name = f"{file}_{row}"
-        train_ae.write_atomically(folder / f"{name}.png", picture.save)
+    names = [Path(file or "_").with_suffix(".png") for file in data.test_files]
+    counts = Counter(names)
+    for row, file, name in zip(data.test_rows, data.test_files, names, strict=True):
+        (outputs,) = evaluate(data.images[[row]], number=1, noise=0).outputs.numpy()
+        pixels = np.rint(255 * np.clip(outputs, 0, 1))
+        picture = keras.utils.array_to_img(pixels, scale=False)
+        if counts[name] > 1:  # a.jpg beside a.png, or images of TFDS, which have no names
+            name = f"{file}_{row}.png"
+        train_ae.write_atomically(folder / name, picture.save)
 
 
 def print_table(table):
@@ -268,9 +255,9 @@ def print_table(table):
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
-        if ARGUMENTS.set:
-            examine_set(ARGUMENTS.run, ARGUMENTS.set, ARGUMENTS.pictures)
+        if arguments.set:
+            examine_set(arguments.run, arguments.set, arguments.pictures)
         else:
-            examine_run(ARGUMENTS.run)
+            examine_run(arguments.run)
     except (OSError, train_ae.SettingsError, train_ae.RunError) as error:
-        PARSER.error(str(error).splitlines()[0])
+        parser.error(str(error).splitlines()[0])

@@ -34,7 +34,8 @@ def draw_shape(corners, size, uniform):
     hue = uniform()
     colors = []
     for value in uniform(0.2, 0.6, 4):
-        colors.append(to_rgb(hue + uniform(-0.07, 0.07), uniform(0.4, 0.75), value))
+        near = hue + uniform(-0.07, 0.07)
+        colors.append(to_rgb(near, uniform(0.4, 0.75), value))
     background = Image.fromarray(np.array(colors, np.uint8).reshape(2, 2, 3))
     picture = background.resize((large, large), Image.Resampling.BILINEAR, (0.5, 0.5, 1.5, 1.5))
 
@@ -44,7 +45,8 @@ def draw_shape(corners, size, uniform):
     turn = uniform(0, 2 * pi)
     points = []
     for index, corner in enumerate(corners):
-        spoke = rect(radius * corner, turn + 2 * pi * index / len(corners))
+        angle = turn + 2 * pi * index / len(corners)
+        spoke = rect(radius * corner, angle)
         points.append((x + spoke.real, y + spoke.imag))
     pen = ImageDraw.Draw(picture)
     if points:

@@ -4,6 +4,7 @@ import gzip
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,12 +17,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
 
 import train_ae
-from train_ae import Settings, SettingsError
 
 
 def load(dataset, preparation=None, **settings):
     """Return the data of a set."""
-    return train_ae.load_data(Settings(dataset=str(dataset), **settings), preparation)
+    return train_ae.load_data(train_ae.Settings(dataset=dataset, **settings), preparation)
 
 
 def save(path, content, **options):
@@ -44,11 +44,10 @@ def draw(*shape):
     return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
 
 
-IMAGES = draw(20, 8, 6, 1)
-IMAGES[0, 0, 0] = 0
-IMAGES[-1, 0, 0] = 255
-LABELS = ["cat"] * 20
+IMAGES = draw(20, 8, 6, 1)  # from 0 to 255
 PHOTO = draw(4, 4, 3)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux has the limits, pipes and names")
 
 # --------------------------------------------------------------------------------------------------
 # The same pictures, with other values and in other places
@@ -63,45 +62,47 @@ KINDS = {
     "0 and 1": IMAGES // 128,
     "bool": IMAGES > 127,
 }
-ARRAYS = {
+ARRAYS = KINDS | {
     "signed bytes": np.int8(IMAGES - 128.0),
-    "big-endian": IMAGES.astype(">u2") * 9,
+    "big-endian": KINDS["16 bits"].astype(">u2"),
     "half": np.float16(IMAGES * 256.0 - 30000),
     "long double": IMAGES / np.longdouble(255),
     "Fortran's order": np.asfortranarray(IMAGES),
-    "large integers": IMAGES + np.int64(2**30),
-    "small steps": IMAGES / 255 + 1e5,
+    "small steps": IMAGES / 255 - 1e5,
 }
 BINARY = IMAGES // 128 * 255
 EXPECTED = {"0 and 1": BINARY, "bool": BINARY, "dim": IMAGES // 100}
 
 
-def prepare(folder, images, size=(8, 6), labels=LABELS, **splits):
-    """Write a TFDS dataset, "own"; splits are parts of the images."""
+def prepare(folder, images, shape=(8, 6, 1)):
+    """Write a TFDS dataset, "own", of up to six images: three to train on, and others to test on,
+    one of which has no label.
+    """
     features = {
-        "image": tfds.features.Image(shape=(*size, 1), dtype=images[0].dtype),
+        "image": tfds.features.Image(shape=shape, dtype=images[0].dtype),
         "label": tfds.features.ClassLabel(names=["dog", "cat"]),
     }
-    rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=False)]
-    splits = splits or {"train": slice(None)}
+    labels = ["dog", "cat", "cat", "cat", -1, "dog"]
+    rows = []
+    for index, image in enumerate(images[:6]):
+        rows.append((index, {"image": image, "label": labels[index]}))
     tfds.dataset_builders.store_as_tfds_dataset(
         name="own",
         version="1.0.0",
         features=tfds.features.FeaturesDict(features),
-        split_datasets={name: [*enumerate(rows[part])] for name, part in splits.items()},
-        data_dir=str(folder),
+        split_datasets={"train": rows[:3], "validation": rows[3:]},
+        data_dir=folder,
         disable_shuffling=True,
     )
 
 
-@pytest.mark.parametrize("kind", KINDS | ARRAYS)
+@pytest.mark.parametrize("kind", ARRAYS)
 def test_values_become_eight_bits_by_the_range_of_the_set(kind, tmp_path, capsys):
-    values = (KINDS | ARRAYS)[kind]
-    sets = [save(tmp_path / "x.npy", values.squeeze())]
+    sets = [save(tmp_path / "x.npy", ARRAYS[kind].squeeze())]
     if kind in KINDS:
-        for index, image in enumerate(values):
+        for index, image in enumerate(KINDS[kind]):
             save(tmp_path / f"set/{index:02}.tiff", image)
-        sets += [tmp_path / "set"]
+        sets.append(tmp_path / "set")
     for dataset in sets:
         data = load(dataset)
         assert_array_equal(data.images, EXPECTED.get(kind, IMAGES))
@@ -117,36 +118,23 @@ def spoil(number, value):
     return {"x_train": images[:16], "x_test": images[16:]}
 
 
-@pytest.mark.parametrize(
-    ("fault", "arrays"),
-    {
-        "values   -99 to 1 become 0 to 255\nwarning .*darkest.* image 7,": spoil(7, -99),
-        "warning .*brightest.* test image": {"x_train": IMAGES / 255, "x_test": IMAGES[:4] * 1.0},
-        "warning ": {"x_train": IMAGES * 1.0, "x_test": IMAGES[:4] / 255},
-    }.items(),
-)
-def test_range_that_leaves_little_of_a_split_is_warned_of(fault, arrays, tmp_path, capsys):
-    load(save(tmp_path / "x.npz", arrays))
-    assert re.search(fault, capsys.readouterr().out)
+def test_range_that_leaves_little_of_a_split_is_warned_of(tmp_path, capsys):
+    cases = {
+        "values   -99 to 1 become 0 to 255\nwarning .*darkest.* image train/7,": spoil(7, -99),
+        "warning .*brightest.* image train/": {"x_train": IMAGES * 1.0, "x_test": IMAGES[:4] / 255},
+    }
+    for said, arrays in cases.items():
+        load(save(tmp_path / "x.npz", arrays))
+        assert re.search(said, capsys.readouterr().out)
 
 
-def test_images_are_prepared_as_in_a_finished_run(tmp_path):
-    path = tmp_path / "x.npy"
-    for channels in (1, 3):
-        save(path, IMAGES.repeat(4 - channels, axis=-1))
-        data = load(path, [0, 250, channels], batch_size=99)
-        expected = np.rint(np.minimum(IMAGES, 250.0) * 1.02)
-        assert_array_equal(data.images, expected.repeat(channels, axis=-1))
-        assert_array_equal(data.test_rows, range(20))
-        assert len(data.train_rows) == 0
-    with pytest.raises(SettingsError, match="has colours"):
-        load(save(path, draw(20, 4, 4, 3)), [0, 250, 1])
-
-
-def test_checksum_tells_shapes_apart(tmp_path):
-    path = save(tmp_path / "x.npy", IMAGES)
-    checksum = load(path).checksum
-    assert load(save(path, IMAGES.reshape(20, 6, 8))).checksum != checksum
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_prepared_as_in_a_finished_run(channels, tmp_path):
+    path = save(tmp_path / "x.npy", IMAGES.repeat(4 - channels, axis=-1))
+    data = load(path, [0, 250, channels], batch_size=99)
+    expected = np.rint(np.minimum(IMAGES, 250.0) * 1.02)
+    assert_array_equal(data.images, expected.repeat(channels, axis=-1))
+    assert_array_equal(data.test_rows, range(20))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,32 +143,34 @@ def test_checksum_tells_shapes_apart(tmp_path):
 
 def crop(image):
     """Return the square in the middle of an image, scaled."""
-    return np.asarray(ImageOps.fit(Image.fromarray(image.squeeze()), (4, 4)))
+    picture = Image.fromarray(image.squeeze())
+    return np.asarray(ImageOps.fit(picture, (4, 4)))
 
 
 def test_image_size_crops_and_scales(tmp_path):
-    images = [draw(5, 9, 1), draw(11, 7, 1), draw(30, 2, 1)]
-    prepare(tmp_path, images, (None, None))
+    images = [draw(5, 9, 1), draw(11, 7, 1), draw(30, 2, 1), draw(4, 4, 1)]
+    prepare(tmp_path, images, (None, None, 1))
     for number, image in enumerate(images):
         save(tmp_path / f"set/{number}.png", image)
+    expected = [crop(image) for image in images]
     for dataset in (tmp_path / "set", "own"):
-        with pytest.raises(SettingsError, match="--image-size"):
-            load(dataset, data_dir=tmp_path)
         data = load(dataset, data_dir=tmp_path, image_size=4)
-        assert_array_equal(data.images[..., 0], [crop(image) for image in images])
+        assert_array_equal(data.images[..., 0], expected)
 
 
-@pytest.mark.parametrize("kind", ["16 bits", "signed floats", "0 and 1", "bool"])
+@pytest.mark.parametrize("kind", ["16 bits", "signed floats", "bool"])
 def test_image_size_scales_other_values_before_they_are_rounded(kind, tmp_path):
-    data = load(save(tmp_path / "x.npy", KINDS[kind]), image_size=4)
+    path = save(tmp_path / "x.npy", KINDS[kind])
+    data = load(path, image_size=4)
     images = np.float32(EXPECTED.get(kind, IMAGES))
     expected = np.clip([crop(image) for image in images], 0, 255)
     assert_allclose(data.images[..., 0], expected, atol=1)
 
 
 def test_what_is_transparent_is_white_whatever_its_hidden_colour(tmp_path):
-    alpha = IMAGES[0, :1, :3, 0]
-    grey = Image.merge("LA", [Image.new("L", (3, 1)), Image.fromarray(alpha)])
+    alpha = np.uint8([[0, 100, 255]])
+    grey = Image.new("L", (3, 1))
+    grey.putalpha(Image.fromarray(alpha))
     colour = grey.convert("RGBA")
     for number, picture in enumerate([grey, colour, colour.quantize()]):
         picture.save(tmp_path / f"{number}.png")
@@ -189,7 +179,7 @@ def test_what_is_transparent_is_white_whatever_its_hidden_colour(tmp_path):
 
 
 # An orientation, 6, and a number that is given as text.
-EXIF = b"II*\0\x08\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0\x1c\1\2\0\2\0\0\0x\0\0\0\0\0\0\0"
+EXIF = b"Exif\0\0II*\0\x08\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0\x1c\1\2\0\2\0\0\0x\0\0\0\0\0\0\0"
 
 
 def test_odd_files_are_counted_with_the_reason(tmp_path, monkeypatch, capsys):
@@ -201,7 +191,7 @@ def test_odd_files_are_counted_with_the_reason(tmp_path, monkeypatch, capsys):
         ("2.mpo", PHOTO * 0, frames),
         ("3.png", PHOTO, {"exif": b"Exif\0\0garbage"}),
         ("3a.png", PHOTO, {"exif": b"Exif\0\0II*\0\x08\0\0\0"}),
-        ("4.png", PHOTO, {"exif": b"Exif\0\0" + EXIF}),
+        ("4.png", PHOTO, {"exif": EXIF}),
         ("5.tiff", PHOTO, {"tiffinfo": {254: 1}}),
         ("6.dng", PHOTO, {"tiffinfo": {50706: b"\1\4\0\0"}, "format": "TIFF"}),
         ("7.png", tf.io.encode_png(np.uint16(PHOTO) * 16).numpy()),
@@ -231,30 +221,26 @@ test .*
 
 def test_a_tenth_is_held_out_by_the_seed(pictures):
     data = load(pictures)
-    assert_array_equal(np.sort([*data.train_rows, *data.test_rows]), range(60))
+    assert sorted([*data.train_rows, *data.test_rows]) == [*range(60)]
     assert len(data.test_rows) == 6
-    names = data.classes[data.test_labels]
-    for row, file, name in zip(data.test_rows, data.test_files, names, strict=True):
-        assert_array_equal(Image.open(pictures / file), data.images[row])
-        assert Path(file).parent.name == name
     assert set(load(pictures, seed=1).test_rows) != set(data.test_rows)
 
 
 # What is trained on | tested on | left out | said
 LAYOUTS = """\
-train/a/0 train/b/1 | test/a/2 test/b/3 | | train and test; not used: nothing
-Training/a/0 | TESTING/a/1 | | Training and TESTING; not used: nothing
-training_set/a/0 | test_set/a/1 | | training_set and test_set; not used: nothing
-trainingSet/a/0 | testSet/a/1 | | trainingSet and testSet; not used: nothing
-TRAIN/a/0 | eval/a/1 | | TRAIN and eval; not used: nothing
-train/a/0 | dev/a/1 | | train and dev; not used: nothing
-train/a/0 | Valid/a/1 | | train and Valid; not used: nothing
-train/a/0 | validation/a/1 | eval/a/2 | train and validation; not used: eval
-train/a/0 | val/a/1 | valid/a/2 x/train/3 x/val/4 y | train and val; not used: valid, x, y.png
-train/a/0 | test/a/1 | val/a/2 .git/a/3 | train and test; not used: val
-in/train/a/0 | in/test/a/1 | in/x/2 y/3 | in/train and in/test; not used: x, y
-train/a/0 train/b/1 | | .git/a/2 logs/a/3 samples/a/4 | train; not used: nothing
-in/train/a/0 in/train/b/1 | | | in/train; not used: nothing
+train/a/0 train/b/1 | test/a/2 test/b/3 | | train and test in .; not used: nothing
+Training/a/0 | TESTING/a/1 | | Training and TESTING in .; not used: nothing
+training_set/a/0 | test_set/a/1 | | training_set and test_set in .; not used: nothing
+trainingSet/a/0 | testSet/a/1 | | trainingSet and testSet in .; not used: nothing
+TRAIN/a/0 | eval/a/1 | | TRAIN and eval in .; not used: nothing
+train/a/0 | dev/a/1 | | train and dev in .; not used: nothing
+train/a/0 | Valid/a/1 | | train and Valid in .; not used: nothing
+train/a/0 | validation/a/1 | eval/a/2 | train and validation in .; not used: eval
+train/a/0 | val/a/1 | valid/a/2 x/train/3 x/val/4 y | train and val in .; not used: valid, x, y.png
+train/a/0 | test/a/1 | val/a/2 .git/a/3 | train and test in .; not used: val
+in/train/a/0 | in/test/a/1 | in/x/2 | train and test in in; not used: x
+train/a/0 train/b/1 | | .git/a/2 logs/a/3 samples/a/4 | train in .; not used: nothing
+in/train/a/0 in/train/b/1 | | | train in in; not used: nothing
 a/0 a/1 b/2 | | .x/3 @eaDir/4 __MACOSX/5 a/._6 a/.x/7 logs/8 samples/x/9 |
 train/0 truck/1 | | |
 tested/0 train/1 | | |
@@ -277,58 +263,55 @@ def test_layouts_of_a_folder(layout, tmp_path, monkeypatch, capsys):
     assert (f"splits  {said}\n" in capsys.readouterr().out) == (said != "")
 
 
-class Trap:
-    """What ends the process if it is read from a pickle."""
-
-    def __reduce__(self):
-        return sys.exit, ()
+OBJECTS = np.array([None])  # which NumPy saves as a pickle
 
 
 @pytest.mark.parametrize(
-    ("names", "labels"),
-    {
-        "10 9": [[10], [9]],
-        "1 0": [[0, 1], [1, 0]],
-        "ä b": [b"\xc3\xa4", b"b"],
-        "2026-02-01 2026-01-31": np.array(["2026-02-01", "2026-01-31"], "M8[D]"),
-    }.items(),
+    ("labels", "names"),
+    [
+        ([[9], [10]], ["9", "10"]),
+        ([b"b", b"\xc3\xa4"], ["b", "ä"]),
+    ],
 )
-def test_labels_of_any_type(names, labels, tmp_path):
-    labels = np.concatenate([labels] * 10)
-    arrays = {"x_train": IMAGES, "y_train": labels, "extra": np.array([Trap()])}
+def test_labels_of_any_type(labels, names, tmp_path):
+    arrays = {"x_train": IMAGES, "y_train": labels * 10, "extra": OBJECTS}
     data = load(save(tmp_path / "x.NPZ", arrays))
-    assert data.classes.tolist() == names.split()[::-1]
-    expected = np.array(names.split() * 10)[data.test_rows]
-    assert_array_equal(data.classes[data.test_labels], expected)
-    assert_array_equal(data.test_files, data.test_rows.astype(str))
+    assert data.classes.tolist() == names
+    found = data.classes[data.test_labels]
+    assert found.tolist() == [names[row % 2] for row in data.test_rows]
+    assert data.test_files.tolist() == [f"train/{row}" for row in data.test_rows]
 
 
 def save_idx(folder, ending, name=""):
     """Write the images in MNIST's format: a number for the type and axes, sizes, values."""
-    splits = {"train": IMAGES[:16, ..., 0], "t10k": IMAGES[16:, ..., 0]}
-    for split, images in splits.items():
-        for kind, values in {"images": images, "labels": images[:, 0, 0]}.items():
-            header = np.array([2048 + values.ndim, *values.shape], ">i4")
-            content = header.tobytes() + values.tobytes()
-            path = folder / f"{name}{split}-{kind}-idx{values.ndim}-ubyte{ending}"
-            save(path, gzip.compress(content) if ending else content)
+    arrays = {
+        "train-images": IMAGES[:16, ..., 0],
+        "train-labels": IMAGES[:16, 0, 0, 0],
+        "t10k-images": IMAGES[16:, ..., 0],
+        "t10k-labels": IMAGES[16:, 0, 0, 0],
+    }
+    for kind, values in arrays.items():
+        header = np.array([2048 + values.ndim, *values.shape], ">i4")
+        content = header.tobytes() + values.tobytes()
+        path = folder / f"{name}{kind}-idx{values.ndim}-ubyte{ending}"
+        save(path, gzip.compress(content) if ending else content)
 
 
 def test_folder_in_mnists_own_format(tmp_path):
-    for endings in ([""], [".gz"], ["", ".gz"]):
-        folder = tmp_path / str(endings)
-        for ending in endings:
-            save_idx(folder, ending)
+    for name, ending in [("plain", ""), ("both", ".gz"), ("both", "")]:
+        folder = tmp_path / name
+        save_idx(folder, ending)
         data = load(folder)
         assert_array_equal(data.images, IMAGES)
         assert_array_equal(data.test_rows, range(16, 20))
-        assert_array_equal(data.classes[data.test_labels], IMAGES[16:, 0, 0, 0].astype(str))
+        names = data.classes[data.test_labels]
+        assert_array_equal(names, IMAGES[16:, 0, 0, 0].astype(str))
     save_idx(folder, "", "letters-")
-    with pytest.raises(SettingsError, match="several sets: , letters-"):
+    with pytest.raises(train_ae.SettingsError, match="several sets: , letters-"):
         load(folder)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="no pipes, or names are Unicode")
+@linux
 def test_links_are_followed_but_for_loops_and_names_may_be_of_any_kind(tmp_path):
     odd = os.fsdecode(b"\xfe")
     folder = tmp_path / "set"
@@ -340,7 +323,8 @@ def test_links_are_followed_but_for_loops_and_names_may_be_of_any_kind(tmp_path)
     (tmp_path / "real/loop").symlink_to(folder)
     (folder / f"{odd}.png").symlink_to("nothing")
     os.mkfifo(folder / "pipe.png")
-    job = helpers.Job(tmp_path, "--run-name=x", "--dataset=set", "--depth=1", "--steps=1")
+    words = "--run-name=x --dataset=set --depth=1 --steps=1"
+    job = helpers.Job(tmp_path, *words.split())
     said = r"pictures 2 skipped, .*pipe.png\n(.*\n)+data .* 18 .* 3 (.*\n)+.* \\udcfe\n"
     assert re.search(said, job.end()[2])
     for name in helpers.Finished(tmp_path).latents()["files"]:
@@ -348,15 +332,7 @@ def test_links_are_followed_but_for_loops_and_names_may_be_of_any_kind(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
-# Digits, and other sets of TFDS
-
-
-def test_bundled_digits_are_an_array_file_like_any_other(digits):
-    for name in ("mnist_5k", train_ae.BUNDLED):
-        data = load(name)
-        assert_array_equal(data.images[data.train_rows], digits["x_train"])
-        assert_array_equal(data.images[data.test_rows], digits["x_test"])
-        assert_array_equal(data.test_labels, digits["y_test"])
+# Sets of TFDS
 
 
 def test_mnist_is_all_of_it(full_mnist, digits):
@@ -368,8 +344,7 @@ def test_mnist_is_all_of_it(full_mnist, digits):
 
 def test_tfds_set_in_several_batches_with_images_of_no_class(tmp_path, capsys):
     images = draw(6, 600, 600, 1) * np.uint16(257)  # two are a batch
-    labels = ["dog", "cat", "cat", "cat", -1, "dog"]
-    prepare(tmp_path, images, (600, 600), labels, train=slice(3), validation=slice(3, 6))
+    prepare(tmp_path, images, (600, 600, 1))
     data = load("own", data_dir=tmp_path)
     assert_array_equal(data.images, images // 257)
     assert_array_equal(data.test_rows, range(3, 6))
@@ -415,13 +390,13 @@ FOLDERS = r"""
 a.txt=text b.png=text: no pictures in set.* 2 files
 dataset_info.json=text: TFDS .*--data-dir
 a.png=photo b.png=short: uint8 \(3, 4, 3\).*add --image-size
-a.png=photo b.png=deep: uint16.* uint8.* convert them
+a.png=photo b.png=deep: uint8.* uint16.* convert them
 a.png=black: all pixels of set are 0
 a.png=photo: 0 training images
 a.tiff=nan: infinity in .*a.tiff
 train/a.png=text val/a.png=photo: no pictures in set/train, of 2 files
 train/a.png=photo val/a.png=text: no pictures in set/val, of 2 files
-a/train/a.png=photo b/train/a.png=photo: several sets, a, b
+a/train/a.png=photo a/val/a.png=photo b.png=photo: has splits in .* use set/a as --dataset
 train-images-idx3-ubyte=text: set is missing or damaged"""
 
 
@@ -454,17 +429,14 @@ def test_folder_that_cannot_be_read_is_refused(refuse, tmp_path, monkeypatch):
     {
         "n, height, width": IMAGES[0, 0],
         "must have numbers": IMAGES.astype(complex),
-        "missing or damaged": {"x_train": np.array([Trap()])},
+        "missing or damaged": {"x_train": OBJECTS},
         "1 or 3 channels": draw(20, 4, 4, 4),
         "numbers as x_test": {"x_train": IMAGES, "x_test": IMAGES[:0]},
         "n labels as y_train": {"x_train": IMAGES, "y_train": np.zeros(1)},
-        "--image-size": {"x_train": IMAGES, "x_test": IMAGES[:, 1:]},
-        "float64.* uint8.* convert them": {"x_train": IMAGES, "x_test": IMAGES / 255},
         "x.npz must have numbers as x_train": {"images": IMAGES},
         "x.npz is missing or damaged": train_ae.BUNDLED.read_bytes()[:-9000],
         "infinity in .*7": spoil(7, np.inf),
-        "darkest.* image 7,": spoil(7, -9999),
-        "brightest.* test image 1": spoil(17, 1e6),
+        "brightest.* image test/1": spoil(17, 1e6),
     }.items(),
 )
 def test_array_of_no_use_is_refused(said, content, refuse, tmp_path):
@@ -475,9 +447,10 @@ def test_array_of_no_use_is_refused(said, content, refuse, tmp_path):
 
 def test_options_that_do_not_suit_a_set_are_refused(refuse, tmp_path):
     save(tmp_path / "x.npy", IMAGES)
-    assert re.search(" 18 .*images.* 19", refuse("x.npy", "--batch-size=19"))
-    assert len(load("x.npy", batch_size=18).train_rows) == 18
-    for kind in ("large integers", "small steps"):
+    line = refuse("x.npy", "--batch-size=19")
+    assert re.search(" 18 .*images.* 19", line)
+    load("x.npy", batch_size=18)
+    for kind in ("small steps", "0 and 1"):
         save(tmp_path / "x.npy", ARRAYS[kind])
         assert "too coarsely" in refuse("x.npy", "--image-size=4")
 
@@ -489,13 +462,12 @@ def test_options_that_do_not_suit_a_set_are_refused(refuse, tmp_path):
         "imdb_reviews": "imdb_reviews.* TFDS.* image",
         "mnist:9.9.9": "only: 3.0.1",
         "no_such.npz": "no_such.npz is missing",
-        "x" * 256: "cannot be read",
         "mnist": "TFDS dataset; .* ./mnist\n.*mnist is not in .*README.md about offline use",
     }.items(),
 )
 def test_set_that_cannot_be_had_is_refused(name, said, refuse, tmp_path):
     (tmp_path / "mnist").mkdir()
-    line = refuse(name, "--data-dir=none", status=1 + (name != "mnist"))
+    line = refuse(name, "--data-dir=none", status=1 if name == "mnist" else 2)
     assert re.search(said, line)
 
 
@@ -518,13 +490,14 @@ def test_tfds_set_imports_nothing_that_came_with_it(refuse, tmp_path, monkeypatc
     assert "came_along" in refuse("own", "--data-dir=tfds")
 
 
-@pytest.mark.parametrize("moment", ["side_effect", "return_value.write.side_effect"])
+@pytest.mark.parametrize("moment", ["write", "flush"])
 def test_full_disk_is_refused(moment, refuse, tmp_path, monkeypatch):
     path = save(tmp_path / "x.npy", IMAGES / 255)
     load(path, log_dir=tmp_path / "logs")
     assert [*tmp_path.iterdir()] == [path]
     error = OSError(28, "disk full")
-    monkeypatch.setattr("tempfile.TemporaryFile", Mock(**{moment: error}))
+    file = Mock(**{f"{moment}.side_effect": error})
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(return_value=nullcontext(file)))
     line = refuse("x.npy", "--log-dir=none/deeper", status=1)
     assert re.search(f"{tmp_path}.* 7.7e-06 GB .*disk full", line)
 
@@ -537,10 +510,11 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_DATA, [int(held) * 1024 + 250_000_000] * 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@linux
 @pytest.mark.parametrize(("count", "dtype"), [(4000, np.uint8), (1000, np.float32)])
 def test_set_may_be_larger_than_memory(count, dtype, tmp_path):
     path = save(tmp_path / "x.npy", draw(count, 256, 256).astype(dtype))
-    words = ["--dataset=x.npy", "--depth=1", "--latent-dim=1", "--steps=1"]
-    assert helpers.Job(tmp_path, *words, before=limit_memory).end()[0] == 0
+    words = "--dataset=x.npy --depth=1 --latent-dim=1 --steps=1"
+    job = helpers.Job(tmp_path, *words.split(), before=limit_memory)
+    assert job.end()[0] == 0
     path.unlink()  # pytest would keep it

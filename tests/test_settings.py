@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import shlex
 from pathlib import Path
 
 import helpers
@@ -13,27 +12,25 @@ from pydantic import ValidationError
 from train_ae import Settings, parse_arguments
 
 OPTIONS = {"--" + name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
-FLAGS = [option for option, field in OPTIONS.items() if field.annotation is bool]
 DEFAULTS = {
     option: str(field.default)
     for option, field in OPTIONS.items()
-    if option not in FLAGS and field.default_factory is None and field.default is not None
+    if option != "--tied" and field.default_factory is None and field.default is not None
 }
 
-# Options, values that each of them must refuse, and what has to be said of it.
-BAD_VALUES = [
-    ("--steps --batch-size --sample-every --checkpoint-every --depth", "0 -1", "or equal to 1"),
-    ("--steps --seed --latent-dim", "1.5 nan x 1e3", "valid integer"),
-    ("--steps --image-size", "99999999999999999999", "equal to 2147483647"),
-    ("--seed --latent-dim --image-size --noise", "-1", "or equal to 0"),
-    ("--learning-rate", "0 -0.1", "greater than 0"),
-    ("--learning-rate --noise", "nan inf -inf", "finite"),
-    ("--depth", "5", "or equal to 4"),
-    ("--schedule", "linear", "'constant' or 'cosine'"),
-    ("--initializer", "he", "'article' or 'glorot'"),
-    ("--log-dir --sample-dir --data-dir --weights", "gs://x/y", "not a URL"),
-    ("--run-name", "a/b ../a . .x -x é x: " + 101 * "x", "not starting with"),
-]
+# Options | values that each of them must refuse | what has to be said of it
+BAD_VALUES = """\
+--steps --batch-size --sample-every --checkpoint-every --depth | 0 -1 | or equal to 1
+--steps --seed --latent-dim | 1.5 nan x 1e3 | valid integer
+--steps --image-size | 99999999999999999999 | equal to 2147483647
+--seed --latent-dim --image-size --noise | -1 | or equal to 0
+--learning-rate | 0 -0.1 | greater than 0
+--learning-rate --noise | nan inf -inf | finite
+--depth | 5 | or equal to 4
+--schedule | linear | 'constant' or 'cosine'
+--initializer | he | 'article' or 'glorot'
+--log-dir --sample-dir --data-dir --weights | gs://x/y | not a URL
+--run-name | a/b ../a . .x -x é x: | not starting with"""
 # Other words that must be refused, and what has to be said of them.
 BAD_WORDS = {
     "--steps=": "valid integer",
@@ -43,6 +40,7 @@ BAD_WORDS = {
     "--step=5": "unrecognized arguments: --step=5",
     "--run-name=a b": "letters, digits",
     "--run-name=x\n": "letters, digits",
+    "--run-name=" + 101 * "x": "letters, digits",
     "--steps=two\nlines": "valid integer",
     "two\nlines": "unrecognized arguments: two lines",
 }
@@ -51,7 +49,8 @@ BAD_WORDS = {
 def list_bad_words():
     """Yield words that must be refused, and what has to be said of them."""
     yield from BAD_WORDS.items()
-    for options, values, reason in BAD_VALUES:
+    for line in BAD_VALUES.splitlines():
+        options, values, reason = line.split(" | ")
         for option, value in itertools.product(options.split(), values.split()):
             yield f"{option}={value}", reason
 
@@ -85,9 +84,8 @@ def start(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("word", ["--steps=0", "--run-name=-x", "two\nlines"])
-def test_script_refuses_before_it_imports_tensorflow(word, start):
-    process = start(word)
+def test_script_refuses_before_it_imports_tensorflow(start):
+    process = start("--steps=0")
     assert (process.returncode, process.stdout) == (2, "")
     (line,) = process.stderr.splitlines()
     assert line.startswith("train_ae.py: ")
@@ -130,28 +128,15 @@ def test_help_gives_every_option_with_its_default_before_tensorflow(start):
     process = start("--help", PYTHONOPTIMIZE="2", COLUMNS="100")
     assert (process.returncode, process.stderr) == (0, "")
     *_, options, example = process.stdout.split("\n\n")
-    words = shlex.split(example)
-    assert words[:3] == ["example:", "python", "train_ae.py"]
-    assert parse_arguments(words[3:]).image_size == 64
+    _, words = example.split("python train_ae.py ")
+    assert parse_arguments(words.split()).image_size == 64
     _, *entries = re.split(r"\n  (?=--)", options)
     for option, entry in zip(OPTIONS, entries, strict=True):
         text = " ".join(entry.split())
         assert text.startswith(option)
-        if option not in [*FLAGS, "--weights"]:
+        if option not in ("--tied", "--weights"):
             assert text.count("(default: ") == 1, option
             assert f"(default: {DEFAULTS.get(option, '')}" in text, option
-
-
-# README
-def test_readme_gives_every_option_with_its_default():
-    text = (helpers.ROOT / "README.md").read_text()
-    _, table = text.split("| option | default | meaning |\n")
-    found = {}
-    for row in table.split("\n\n")[0].splitlines()[1:]:
-        _, names, defaults, _ = row.replace("`", "").split("|", 3)
-        found |= zip(names.strip().split(", "), defaults.strip().split(", "), strict=True)
-    assert found.keys() == OPTIONS.keys()
-    assert found == found | DEFAULTS
 
 
 def test_settings_take_paths_and_text(tmp_path):
@@ -165,19 +150,10 @@ def test_settings_take_paths_and_text(tmp_path):
     assert Settings(sample_dir="~nobody-has-this-name/x").sample_dir.name == "x"
 
 
-BAD_ARGUMENTS = [
-    {"no_such_name": 1},
-    {"dataset": None},
-    {"dataset": 5},
-    {"log_dir": 5},
-    {"log_dir": "gs://x/y"},
-]
-
-
-@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=str)
-def test_bad_argument_is_a_validation_error(arguments):
-    with pytest.raises(ValidationError, match=min(arguments)):
-        Settings(**arguments)
+@pytest.mark.parametrize("name", ["no_such_name", "dataset", "log_dir"])
+def test_bad_argument_is_a_validation_error(name):
+    with pytest.raises(ValidationError, match=name):
+        Settings(**{name: 5})
 
 
 def test_what_a_user_has_set_for_other_programs_changes_nothing(default_run, tmp_path):
@@ -186,7 +162,8 @@ def test_what_a_user_has_set_for_other_programs_changes_nothing(default_run, tmp
     )
     (tmp_path / "matplotlibrc").write_text("nonsense\ntext.usetex: True\nfigure.facecolor: red\n")
     process = helpers.call(
-        *("--run-name=x", "--steps=50"),
+        "--run-name=x",
+        "--steps=50",
         cwd=tmp_path,
         KERAS_HOME=str(tmp_path),
         KERAS_BACKEND="jax",
