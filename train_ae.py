@@ -589,7 +589,9 @@ class Example(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """What is made of a set's values: 8 bits. A finished run makes the same of other sets."""
+    """What is made of a set's values: 8 bits. From config.json, tests/examine.py takes it for other
+    sets.
+    """
 
     low: float  # becomes 0
     high: float  # becomes 255
@@ -688,13 +690,13 @@ def store(settings, total, examples):
         folder = folder.parent
     stored = []
     checksum = 0
-    size = 0
+    needed = "the images"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for example in examples:
                 stored.append(example._replace(image=None))
                 image = np.ascontiguousarray(example.image)
-                size = total * image.nbytes
+                needed = f"{total * image.nbytes / 1e9:.2g} GB of images"
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
             file.flush()
@@ -703,8 +705,7 @@ def store(settings, total, examples):
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
         raise RunError(
-            f"{folder}, where --log-dir is, must take {size / 1e9:.2g} GB of images:"
-            f" {error.strerror}"
+            f"{folder}, where --log-dir is, cannot take {needed}: {error.strerror}"
         ) from error
     return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
 
@@ -1275,12 +1276,14 @@ def read_weights(settings, image_shape):
         model = keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises many errors for damaged files
         raise SettingsError(f"--weights {path} is missing or damaged: {error}") from error
-    given = {variable.path: tuple(variable.shape) for variable in model.variables}
+    # A model of this run, made only for its shapes: a bad file is to be refused before anything is
+    # written, and the names in the model to come are to start over.
     own_model = build_autoencoder(image_shape, settings)
+    keras.utils.clear_session()
+    given = {variable.path: tuple(variable.shape) for variable in model.variables}
     needed = {variable.path: tuple(variable.shape) for variable in own_model.variables}
-    keras.utils.clear_session()  # for the names in the model to come
     if given != needed:
-        name = min(dict(given.items() ^ needed.items()))
+        name = min(dict(given.items() ^ needed.items()))  # the first one that differs
         raise SettingsError(
             f"--weights has a model of other shapes: {name} is {given.get(name)}, and here"
             f" {needed.get(name)} (see --depth, --latent-dim, FILTERS and the images)"
@@ -1346,7 +1349,8 @@ def agree_on_config(settings, config, checkpoint):
     path = settings.log_folder / "config.json"
     write_json(path, config)
     wait_for_workers()
-    if not is_chief():  # which has written it; workers that built other models would hang
+    # Now, since workers that build other models would hang.
+    if not is_chief():
         try:
             written = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -1718,7 +1722,7 @@ def is_chief():
 
 def wait_for_workers():
     """Return once all workers have called this; TensorFlow raises an OpError if one has ended."""
-    all_workers_agree(0)
+    all_workers_agree(0)  # which waits for the numbers of the others
 
 
 def all_workers_agree(number):
