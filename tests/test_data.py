@@ -117,6 +117,12 @@ def test_splits_may_differ_in_the_order_of_bytes(tmp_path):
     assert_array_equal(load(save(tmp_path / "x.npz", arrays)).images, IMAGES)
 
 
+def test_a_pixel_of_one_channel_is_colour(tmp_path):
+    images = IMAGES.repeat(3, axis=-1)
+    images[7, 0, 0, 2] ^= 1
+    assert_array_equal(load(save(tmp_path / "x.npy", images)).images, images)
+
+
 def spoil(number, value):
     """Return two splits of floats, one pixel of which is a placeholder, or hot."""
     images = IMAGES / 255
