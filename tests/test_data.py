@@ -361,6 +361,7 @@ def test_tfds_set_in_several_batches_with_images_of_no_class(tmp_path, capsys):
     assert_array_equal(data.images, images // 257)
     assert_array_equal(data.test_rows, range(3, 6))
     assert data.classes[data.test_labels].tolist() == ["cat", "", "dog"]
+    assert data.test_files.tolist() == [f"validation/{number}" for number in range(3)]
     assert "splits   train and validation" in capsys.readouterr().out
 
 

@@ -432,6 +432,7 @@ def test_picture_that_cannot_be_drawn_is_said(run_here, capsys):
         run_here("--dataset=tall.npy", "--depth=1", "--steps=1", f"--sample-dir={folder}")
         assert "training.gif cannot be drawn: " in capsys.readouterr().out
         assert Path(folder, "x", "worst.png").exists()
+        assert not [*Path(folder, "x").glob(".part-*")]
 
 
 def note_memory():
