@@ -15,6 +15,8 @@ import tensorflow as tf
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_ae
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -32,6 +34,18 @@ def test_run_writes_the_documented_files_and_no_other(default_run):
     assert names == pictures | checkpoints | {*others.split()}
     assert {path.name for path in default_run.cwd.iterdir()} == {"logs", "samples"}
     assert (default_run.logs / "train_ae.py").read_bytes() == helpers.SCRIPT.read_bytes()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "disk full"), ValueError("disk full")])
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(error, tmp_path):
+    def save(part):
+        part.write_text("half")
+        raise error
+
+    (tmp_path / "x").write_text("old")
+    with pytest.raises((train_ae.RunError, ValueError), match="disk full"):
+        train_ae.write_atomically(tmp_path / "x", save)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 # --------------------------------------------------------------------------------------------------
