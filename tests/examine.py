@@ -214,7 +214,7 @@ def examine_set(run, dataset, with_pictures=False):
         if len(data.classes) > 1:
             print_table({"  area under ROC curve, others above": area(errors, ~is_here)})
     for index in np.argsort(-errors, kind="stable")[:5]:
-        print(f"{errors[index]:9.4f} {data.test_files[index] or index}")
+        print(f"{errors[index]:9.4f} {data.test_files[index]}")
     place = Path(dataset).resolve()
     name = place.stem if place.is_file() else place.name.replace(":", "_")
     path = run / "examined" / f"{name}.npz"
@@ -235,13 +235,13 @@ def area(errors, is_anomaly):
 
 def save_pictures(folder, evaluate, data):
     """Write each reconstruction under the name of its picture, as .png."""
-    names = [Path(file or "_").with_suffix(".png") for file in data.test_files]
+    names = [Path(file).with_suffix(".png") for file in data.test_files]
     counts = Counter(names)
     for row, file, name in zip(data.test_rows, data.test_files, names, strict=True):
         (outputs,) = evaluate(data.images[[row]], number=1, noise=0).outputs.numpy()
         pixels = np.rint(255 * np.clip(outputs, 0, 1))
         picture = keras.utils.array_to_img(pixels, scale=False)
-        if counts[name] > 1:  # a.jpg beside a.png, or images of TFDS, which have no names
+        if counts[name] > 1:  # a.jpg beside a.png
             name = f"{file}_{row}.png"
         train_ae.write_atomically(folder / name, picture.save)
 
