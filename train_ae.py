@@ -635,7 +635,7 @@ def load_data(settings: Settings, preparation: Preparation | None = None) -> Dat
     if is_scaled or chosen.channels != images.shape[3]:
         prepared = prepare(settings, chosen, images, examples)
         images, checksum, examples = store(settings, total, prepared)
-    train_rows, test_rows = split(settings, examples)
+    train_rows, test_rows = choose_rows(settings, examples)
     if settings.batch_size > len(train_rows) and not preparation:
         raise SettingsError(
             f"{settings.dataset} has {len(train_rows):,} training images, too few for --batch-size"
@@ -690,13 +690,13 @@ def store(settings, total, examples):
         folder = folder.parent
     stored = []
     checksum = 0
-    needed = "the images"
+    bytes_per_image = 0
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for example in examples:
                 stored.append(example._replace(image=None))
                 image = np.ascontiguousarray(example.image)
-                needed = f"{total * image.nbytes / 1e9:.2g} GB of images"
+                bytes_per_image = image.nbytes
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
             file.flush()
@@ -704,8 +704,9 @@ def store(settings, total, examples):
             # "r+", since TensorFlow takes only arrays that could be written to.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
+        size = f"{total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
         raise RunError(
-            f"{folder}, where --log-dir is, cannot take {needed}: {error.strerror}"
+            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror}"
         ) from error
     return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
 
@@ -762,7 +763,7 @@ def prepare(settings, preparation, images, examples):
         yield example._replace(image=np.rint(scaled).astype(np.uint8))
 
 
-def split(settings, examples):
+def choose_rows(settings, examples):
     """Return the rows of the images to train and to test on: those of the test split, or without
     any, a random tenth.
     """
@@ -1556,7 +1557,7 @@ def draw_grid(rows, titles):
 
 def draw_pictures(settings, state, evaluate, data, errors):
     """Draw the pictures of a finished run; say which cannot be drawn, and go on."""
-    if not is_chief():  # the other workers have no previews
+    if not is_chief():  # the other workers write no files
         return
     previews = [preview_path(step, settings) for step in state.previews]
     jobs = {
