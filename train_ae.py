@@ -209,12 +209,12 @@ def train(settings: Settings) -> dict[str, Any]:
     configure_tensorflow(settings)
     strategy = make_strategy(settings)
     data = load_data(settings)
-    weights = read_weights(settings, data.images.shape[1:])
+    weights = read_weights(settings, data.image_shape)
     with strategy.scope(), lock(settings.log_folder):
         checkpoint = load_checkpoint(settings.log_folder)
         config = agree_on_config(settings, make_config(settings, data, weights), checkpoint)
 
-        autoencoder = build_autoencoder(data.images.shape[1:], settings)
+        autoencoder = build_autoencoder(data.image_shape, settings)
         assign(autoencoder.variables, weights)
         if settings.tied:
             tie_kernels(autoencoder.trainable_variables)
@@ -225,15 +225,15 @@ def train(settings: Settings) -> dict[str, Any]:
         print_overview(settings, data, state)
 
         images, rows = to_tensors(data)
-        training = Training(autoencoder, optimizer, images, rows, settings)
-        evaluate = compile_evaluation(autoencoder, settings.seed)
-        fit(training, state, data.images[choose_preview_rows(data)], evaluate)
+        training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
+        evaluate = compile_evaluation(autoencoder)
+        fit(training, state, data.prepare(choose_preview_rows(data)), evaluate)
 
         write_atomically(settings.log_folder / "autoencoder.keras", autoencoder.save)
         metrics, arrays = compute_metrics(evaluate, data)
         metrics["mean_image_loss"] = compute_mean_image_loss(data)
         if settings.noise:
-            noisy, _ = compute_metrics(evaluate, data, settings.noise)
+            noisy, _ = compute_metrics(evaluate, data, settings.noise, settings.seed)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
         metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
         write_arrays(settings.log_folder / "latents.npz", arrays)
@@ -435,8 +435,9 @@ class Training(NamedTuple):
 
     autoencoder: keras.Model
     optimizer: keras.optimizers.Optimizer
-    images: tf.Tensor  # all images of the set, (n, height, width, channels) uint8
+    images: tf.Tensor  # all images of the set, as in Data
     rows: tf.Tensor  # which of them to train on, int64
+    preparation: "Preparation"
     settings: Settings
 
 
@@ -486,9 +487,8 @@ def make_batch(training, step):
     """Return the clean and the noisy images of a step, (batch, height, width, channels) each."""
     settings = training.settings
     indices = batch_indices(step, settings.batch_size, training.rows.shape[0], settings.seed)
-    clean = to_float(tf.gather(training.images, tf.gather(training.rows, indices)))
-    if not settings.noise:
-        return clean, clean
+    images = tf.gather(training.images, tf.gather(training.rows, indices))
+    clean = prepare(images, training.preparation)
     return clean, add_noise(clean, settings.noise, settings.seed, step)
 
 
@@ -510,9 +510,24 @@ def batch_indices(step, batch_size, count, seed):
     )
 
 
-def to_float(images):
-    """Return values from 0 to 255 as float32 in [0, 1]."""
-    return tf.cast(images, tf.float32) / 255
+class Preparation(NamedTuple):
+    """How stored values become inputs of the model. From config.json, tests/examine.py takes it for
+    other sets.
+    """
+
+    low: float  # becomes 0
+    high: float  # becomes 1
+    channels: int
+
+
+def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
+    """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
+    low, high, channels = preparation
+    if images.shape[-1] != channels:  # grey in three channels becomes one, or one becomes three
+        images = tf.gather(images, [0] * channels, axis=-1)
+    # A quotient would have other last digits in a compiled function.
+    scaled = (tf.cast(images, tf.float32) - low) * (1 / (high - low))
+    return tf.clip_by_value(scaled, 0, 1)
 
 
 def add_noise(images, stddev, seed, number):
@@ -520,6 +535,8 @@ def add_noise(images, stddev, seed, number):
 
     `number` is the step in training, and negative in tests, so that no test has a step's noise.
     """
+    if stddev == 0:
+        return images
     noise = tf.random.stateless_normal(tf.shape(images), [seed, number], stddev=stddev)
     return tf.clip_by_value(images + noise, 0, 1)
 
@@ -566,116 +583,62 @@ def mirror(kernel):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data. Examples pass one by one from a reader through check_examples() to store(), which writes
-# their images to a file that is mapped into memory. If they are not 8-bit, or are grey in three
-# channels, they pass again, from that file through prepare() to another. The system reads what is
-# used of a mapped file, and drops it when memory is short, so a set may be larger than memory.
+# Data. Examples pass one by one from a reader to store(), which writes their images to a file that
+# is mapped into memory: the system reads what is used of it, and drops that when memory is short.
+# So a set may be larger than memory. Values stay as they were read; a step scales what it uses.
 
 SCRIPT = Path(__file__).resolve()
 BUNDLED = SCRIPT.parent / "samples" / "mnist_5k.npz"
 
 
 class Example(NamedTuple):
-    """An image, as readers yield it."""
+    """An image, and what is known of it."""
 
-    image: np.ndarray | None  # (height, width, channels), scaled to --image-size if there is one
-    is_grey: bool  # even if saved as RGB
-    dtype: np.dtype  # before scaling, like the darkest and the brightest value
-    low: float
-    high: float
+    image: np.ndarray | None  # (height, width, channels) uint8 or float32
     is_test: bool
     label: Any  # text or number
     file: str  # its name; in arrays and TFDS datasets, such as test/7
 
 
-class Preparation(NamedTuple):
-    """What is made of a set's values: 8 bits. From config.json, tests/examine.py takes it for other
-    sets.
-    """
-
-    low: float  # becomes 0
-    high: float  # becomes 255
-    channels: int
-
-
 class Data(NamedTuple):
-    """Images, which of them to train and to test on, and what is known of those to test on."""
+    """The images of a set, and which of them to train and to test on."""
 
-    images: np.ndarray  # (n, height, width, channels) uint8, memory-mapped
+    images: np.ndarray  # (n, height, width, 1 or 3 channels) uint8 or float32, memory-mapped
     checksum: int  # of the images
     preparation: Preparation
     train_rows: np.ndarray  # int64, indices of images
     test_rows: np.ndarray
-    test_labels: np.ndarray  # indices of `classes`
+    labels: np.ndarray  # of all images: indices of `classes`
     classes: np.ndarray  # names
-    test_files: np.ndarray  # as in Example
+    files: np.ndarray  # of all images, as in Example
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the model takes."""
+        return (*self.images.shape[1:3], self.preparation.channels)
+
+    def prepare(self, rows: np.ndarray) -> tf.Tensor:
+        """Return some of the images as float32 in [0, 1]."""
+        return prepare(self.images[rows], self.preparation)
 
 
-def load_data(settings: Settings, preparation: Preparation | None = None) -> Data:
-    """Return the images of a set; without a test split, a random tenth is for testing.
-
-    For tests/examine.py: with the preparation of a finished run (in its config.json), the images
-    are prepared as in that run, and all are for testing. Raises SettingsError, and RunError for a
-    failed download or a full disk.
+def load_data(settings: Settings) -> Data:
+    """Return the images of a set. Raises SettingsError, and RunError for a failed download or a
+    full disk.
     """
     try:
         total, found = open_dataset(settings)
     except OSError as error:
         raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
-    images, checksum, examples = store(settings, total, check_examples(settings, total, found))
-    if preparation:
-        chosen = Preparation(*preparation)
-        examples = [example._replace(is_test=True) for example in examples]
-    else:
-        chosen = choose_preparation(settings, examples)
-    is_scaled = images.dtype != np.uint8 or (chosen.low, chosen.high) != (0, 255)
-    if is_scaled:
-        print(f"values   {chosen.low:.9g} to {chosen.high:.9g} become 0 to 255")
-        check_contrast(chosen, examples)
-    if is_scaled or chosen.channels != images.shape[3]:
-        prepared = prepare(settings, chosen, images, examples)
-        images, checksum, examples = store(settings, total, prepared)
-    train_rows, test_rows = choose_rows(settings, examples)
-    if settings.batch_size > len(train_rows) and not preparation:
-        raise SettingsError(
-            f"{settings.dataset} has {len(train_rows):,} training images, too few for --batch-size"
-            f" {settings.batch_size}"
-        )
+    images, checksum, examples = store(settings, total, found)
     labels = np.array([example.label for example in examples])
-    files = np.array([example.file for example in examples])
     classes, labels = np.unique(labels, return_inverse=True)
-    return Data(
-        images,
-        checksum,
-        chosen,
-        train_rows,
-        test_rows,
-        test_labels=labels[test_rows],
-        classes=classes.astype(str),
-        test_files=files[test_rows],
-    )
-
-
-def check_examples(settings, total, examples):
-    """Yield the same examples, unless their images differ in type or shape, or are of no use."""
-    first_kind = None
-    for example in make_bar(examples, "reading", total=total, delay=2):
-        shape = example.image.shape
-        kind = (example.dtype, shape)
-        first_kind = first_kind or kind
-        if kind != first_kind:
-            both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
-            raise SettingsError(
-                f"images differ in type or shape: {both} (for one shape, add --image-size, such as"
-                " 64; for one type, convert them)"
-            )
-        if shape[2] not in (1, 3):
-            raise SettingsError(f"images must have 1 or 3 channels, not {shape[2]}")
-        if not math.isfinite(example.low + example.high):
-            raise SettingsError(f"{settings.dataset}: NaN or infinity in image {example.file}")
-        yield example
-    if not first_kind:
-        raise SettingsError(f"{settings.dataset} contains no images")
+    files = np.array([example.file for example in examples])
+    preparation = choose_preparation(settings, images, files)
+    is_test = np.array([example.is_test for example in examples])
+    train_rows, test_rows = choose_rows(settings, is_test)
+    classes = classes.astype(str)
+    return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
 def store(settings, total, examples):
@@ -689,88 +652,96 @@ def store(settings, total, examples):
     while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
         folder = folder.parent
     stored = []
+    kind = None
     checksum = 0
-    bytes_per_image = 0
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            for example in examples:
-                stored.append(example._replace(image=None))
+            for example in make_bar(examples, "reading", total=total, delay=2):
                 image = np.ascontiguousarray(example.image)
-                bytes_per_image = image.nbytes
+                kind = kind or (image.dtype, image.shape)
+                if kind != (image.dtype, image.shape):
+                    raise SettingsError(
+                        f"images differ in type or shape: {kind[0]} {kind[1]} and {image.dtype}"
+                        f" {image.shape} (for one shape, add --image-size, such as 64; for one"
+                        " type, convert them)"
+                    )
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
+                stored.append(example._replace(image=None))
+            if not stored:
+                raise SettingsError(f"{settings.dataset} contains no images")
             file.flush()
             shape = (len(stored), *image.shape)
             # "r+", since TensorFlow takes only arrays that could be written to.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
-        size = f"{total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
+        size = f"{total * image.nbytes / 1e9:.2g} GB of" if kind else "the"
         raise RunError(
             f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror}"
         ) from error
     return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
 
 
-def choose_preparation(settings, examples):
-    """Return the preparation for a new run: 8-bit values stay, others are scaled from their range,
-    unless that is of no use.
+def choose_preparation(settings, images, files):
+    """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
+    their range. Raises SettingsError for images of no use.
     """
-    dtype = examples[0].dtype
-    channels = 1 if all(example.is_grey for example in examples) else 3
-    low = min(example.low for example in examples)
-    high = max(example.high for example in examples)
+    if images.shape[3] not in (1, 3):
+        raise SettingsError(f"images must have 1 or 3 channels, not {images.shape[3]}")
+    is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
+    values = images.reshape(len(images), -1)
+    darkest = values.min(axis=1).astype(float)  # of each image
+    brightest = values.max(axis=1).astype(float)
+    low = float(darkest.min())
+    high = float(brightest.max())
+    if not math.isfinite(low + high):
+        name = files[np.isfinite(darkest + brightest).argmin()]
+        raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
     if low == high:
         raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    if dtype == np.uint8 and high > 1:  # otherwise they are masks of 0 and 1
-        return Preparation(0, 255, channels)
-    # Images are resized as integers or float32, whose precision must be finer than grey levels.
-    precision = 1 if dtype == np.uint8 else np.spacing(np.float32(max(-low, high)))
-    if settings.image_size and precision > (high - low) / 255:
+    if images.dtype == np.uint8 and high > 1:
+        low = 0.0
+        high = 255.0
+    elif images.dtype == np.uint8 and settings.image_size:
+        raise SettingsError("masks of 0 and 1 become too coarse by --image-size: use 0 and 255")
+    elif np.spacing(np.float32(max(-low, high))) > (high - low) / 255:  # less than grey levels
         raise SettingsError(
-            f"--image-size would round values from {low:.9g} to {high:.9g} too coarsely: scale them"
-            " to 0 to 255 first"
+            f"float32 is too coarse for values from {low:.9g} to {high:.9g}: scale them first"
         )
-    return Preparation(low, high, channels)
+    else:
+        print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
+    check_contrast(low, high, darkest, brightest, files)
+    return Preparation(low, high, channels=1 if is_grey else 3)
 
 
-def check_contrast(preparation, examples):
+def check_contrast(low, high, darkest, brightest, files):
     """Warn if images become nearly constant, and refuse the set if next to nothing is left: a
-    placeholder, such as -9999, may have widened the range.
+    placeholder, such as -9999, may have widened the range, `low` to `high`.
     """
-    range_of_set = preparation.high - preparation.low
-    levels = np.array([255 * (example.high - example.low) / range_of_set for example in examples])
-    flat = np.count_nonzero(levels < 16)
-    darkest = min(examples, key=lambda example: example.low)
-    brightest = max(examples, key=lambda example: example.high)
+    contrast = (brightest - darkest) / (high - low)
+    flat = np.count_nonzero(contrast < 1 / 16)
+    first = files[darkest.argmin()]
+    last = files[brightest.argmax()]
     message = (
-        f"{flat:,} of {len(levels):,} images become nearly constant, by the darkest pixel, in image"
-        f" {darkest.file}, or the brightest, in image {brightest.file}"
+        f"{flat:,} of {len(files):,} images are nearly constant in this range, from the darkest"
+        f" pixel, in image {first}, to the brightest, in image {last}"
     )
-    if np.mean(levels < 1) > 0.9:
+    if np.mean(contrast < 1 / 255) > 0.9:
         raise SettingsError(message)
-    if flat > len(levels) / 10:
+    if flat > len(files) / 10:
         print(f"warning  {message}")
 
 
-def prepare(settings, preparation, images, examples):
-    """Yield the examples with images as the preparation has them: 8 bits, one channel or three."""
-    low, high, channels = preparation
-    if channels == 1 and not all(example.is_grey for example in examples):
-        raise SettingsError(f"{settings.dataset} has colours, and the images of the run have none")
-    for image, example in zip(images, examples, strict=True):
-        scaled = np.interp(image.astype(np.float64), [low, high], [0, 255])
-        scaled = scaled[..., np.arange(channels) % image.shape[2]]  # one of three, or three of one
-        yield example._replace(image=np.rint(scaled).astype(np.uint8))
-
-
-def choose_rows(settings, examples):
+def choose_rows(settings, is_test):
     """Return the rows of the images to train and to test on: those of the test split, or without
     any, a random tenth.
     """
-    rows = np.arange(len(examples))
-    is_test = np.array([example.is_test for example in examples])
+    rows = np.arange(len(is_test))
     if is_test.any():
         return rows[~is_test], rows[is_test]
+    if len(rows) == 1:
+        print("test     on the image that is trained on, the only one")
+        return rows, rows
     print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
     rows = np.random.default_rng(settings.seed).permutation(rows)
     return np.split(rows, [len(rows) * 9 // 10])
@@ -809,20 +780,14 @@ def open_dataset(settings):
 
 
 def make_example(settings, image, is_test, label, file):
-    """Return an example of an image of any size, (height, width, channels)."""
-    low = float(image.min())
-    high = float(image.max())
-    dtype = image.dtype.newbyteorder("=")
-    image = image.astype(dtype, copy=False)
+    """Return an example of an image of any type and size, (height, width, channels)."""
+    # Pillow resizes two types.
+    image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
     if settings.image_size:
-        # Pillow resizes two types.
-        image = image.astype(np.uint8 if dtype == np.uint8 else np.float32)
         size = (settings.image_size, settings.image_size)
         channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
         image = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
-    channels = range(1, image.shape[2])  # all at once would take four times as long
-    is_grey = all(np.array_equal(image[..., 0], image[..., channel]) for channel in channels)
-    return Example(image, is_grey, dtype, low, high, is_test, label, file)
+    return Example(image, is_test, label, file)
 
 
 def open_arrays(settings, path):
@@ -946,8 +911,7 @@ def choose_splits(folder, excluded):
     """Return the folders of a set, and whether each is to test on: {path: is_test}.
 
     They are set/train and set/test; or set/data/train and set/data/test, if data is all that is in
-    the set, as archives unpack; or the set itself, whose folders are classes. Refused are
-    set/a/train and set/a/test beside set/b.
+    the set, as archives unpack; or the set itself, whose folders are classes.
     """
     paths = list_visible(folder, excluded)
     folders = [path for path in paths if path.is_dir()]
@@ -959,15 +923,9 @@ def choose_splits(folder, excluded):
         unused = ", ".join(path.name for path in paths if path not in splits)
         print(f"splits   {used} in {folder}; not used: {unused or 'nothing'}")
         return splits
-    for path in folders:
-        inner = [place.name for place in list_visible(path, excluded) if place.is_dir()]
-        train, test = find_splits(inner)
-        # A folder "train" alone may also be found in a class, if there are several.
-        has_splits = train and (test or len(folders) == len(inner) == 1)
-        if has_splits and paths == [path]:
-            return choose_splits(path, excluded)
-        if has_splits:
-            raise SettingsError(f"{folder} has splits in a subfolder: use {path} as --dataset")
+    if len(paths) == len(folders) == 1:
+        splits = choose_splits(paths[0], excluded)
+        return {folder: False} if paths[0] in splits else splits
     return {folder: False}
 
 
@@ -1299,27 +1257,25 @@ def assign(variables, arrays):
             variable.assign(arrays[variable.path])
 
 
-# Settings and facts that may differ between a run and its resumption, or between its workers. All
-# others must be equal: a setting that is added belongs here if no number depends on it.
+# Settings and facts that may differ when a run resumes. All others must be equal: a setting that is
+# added belongs here if no number depends on it. Workers must be equal in these, too.
 
-# Names and places: contents are compared by checksum.
-PLACES = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
-# What may change when a run resumes, but not between workers, which must stop after the same steps.
-MAY_CHANGE = PLACES | {"steps", "sample_every", "checkpoint_every"}
+# Names, places and intervals; contents are compared by checksum, and steps may only grow.
+FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
+FREE |= {"steps", "sample_every", "checkpoint_every"}
 # What only last digits depend on: a warning is enough.
 MACHINE = {"tensorflow", "keras", "onednn", "devices", "threads", "replicas"}
 
 
 def make_config(settings, data, weights):
     """Return the settings, and what else determines a run's numbers."""
-    shape = data.images.shape[1:]
     config = settings.model_dump(mode="json") | {
-        "initializer": name_initializer(shape, settings),
+        "initializer": name_initializer(data.image_shape, settings),
         "FILTERS": list(FILTERS),
         "preparation": list(data.preparation),
         "checksum of images": data.checksum,
         "checksum of test images": zlib.crc32(data.test_rows),  # which of the images they are
-        "checksum of labels": zlib.crc32(data.test_labels),
+        "checksum of labels": zlib.crc32(data.labels[data.test_rows]),
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
@@ -1342,7 +1298,7 @@ def agree_on_config(settings, config, checkpoint):
     if checkpoint:
         # The defaults stand in for settings that have been added to the script since.
         before = Settings().model_dump(mode="json") | checkpoint["config"]
-        compare_configs(before, config, MAY_CHANGE)
+        compare_configs(before, config, FREE)
         done = len(checkpoint["losses"])
         if done > settings.steps:
             raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
@@ -1356,11 +1312,11 @@ def agree_on_config(settings, config, checkpoint):
             written = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
-        compare_configs(written, config, PLACES)
+        compare_configs(written, config)
     return config
 
 
-def compare_configs(before, now, free):
+def compare_configs(before, now, free=frozenset()):
     """Raise SettingsError for what differs and is not free to; warn of what is in MACHINE."""
     for name, value in now.items():
         old = before.get(name)
@@ -1395,7 +1351,6 @@ def keep_script(path, is_new):
 class Evaluation(NamedTuple):
     """What a model makes of a batch, and how good that is."""
 
-    inputs: tf.Tensor  # the images in [0, 1], with noise if there is any
     outputs: tf.Tensor
     latents: tf.Tensor
     loss: tf.Tensor  # the objective, a scalar
@@ -1404,41 +1359,34 @@ class Evaluation(NamedTuple):
     psnr: tf.Tensor  # in dB, at most 100
 
 
-def evaluate_batch(autoencoder, seed, images, number, noise):
-    """Return the evaluation of a batch of uint8 images, with noise of this standard deviation."""
-    targets = to_float(images)
-    inputs = add_noise(targets, noise, seed, -number)  # no step has a negative number
-    latents = autoencoder.get_layer("encoder")(inputs, training=False)
-    outputs = autoencoder.get_layer("decoder")(latents, training=False)
-    shown = tf.clip_by_value(outputs, 0, 1)
-    return Evaluation(
-        inputs=inputs,
-        outputs=outputs,
-        latents=latents,
-        loss=reconstruction_loss(targets, outputs),
-        errors=tf.reduce_sum(tf.square(shown - targets), axis=[1, 2, 3]),
-        psnr=tf.minimum(tf.image.psnr(targets, shown, max_val=1), 100),
-    )
-
-
 def compile_evaluation(
-    autoencoder: keras.Model, seed: int = 0
-) -> Callable[[np.ndarray, int, float], Evaluation]:
-    """Return evaluate(images, number, noise) for a model: images are (batch, height, width,
-    channels) uint8; number is that of the batch, from 1, and noise the standard deviation of its
-    noise, a function of seed and number, or 0.
+    autoencoder: keras.Model,
+) -> Callable[[tf.Tensor, tf.Tensor], Evaluation]:
+    """Return a function of images and inputs, which are the same images, or noisy ones: both
+    (batch, height, width, channels) float32 in [0, 1].
     """
-    signature = [
-        tf.TensorSpec(autoencoder.input_shape, tf.uint8),
-        tf.TensorSpec((), tf.int64),
-        tf.TensorSpec((), tf.float32),
-    ]
-    evaluate = partial(evaluate_batch, autoencoder, seed)
+
+    def evaluate(images, inputs):
+        latents = autoencoder.get_layer("encoder")(inputs, training=False)
+        outputs = autoencoder.get_layer("decoder")(latents, training=False)
+        shown = tf.clip_by_value(outputs, 0, 1)
+        return Evaluation(
+            outputs=outputs,
+            latents=latents,
+            loss=reconstruction_loss(images, outputs),
+            errors=tf.reduce_sum(tf.square(shown - images), axis=[1, 2, 3]),
+            psnr=tf.minimum(tf.image.psnr(images, shown, max_val=1), 100),
+        )
+
+    signature = [tf.TensorSpec(autoencoder.input_shape, tf.float32)] * 2
     return tf.function(evaluate, input_signature=signature, autograph=False)
 
 
 def compute_metrics(
-    evaluate: Callable[[np.ndarray, int, float], Evaluation], data: Data, noise: float = 0.0
+    evaluate: Callable[[tf.Tensor, tf.Tensor], Evaluation],
+    data: Data,
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the mean metrics of all test images, and the contents of latents.npz: the latent and
     the error of each, with labels, class names and file names.
@@ -1446,8 +1394,9 @@ def compute_metrics(
     results = []
     batches = batch_rows(data.test_rows, data.images)
     for number, rows in enumerate(make_bar(batches, "testing", delay=2), start=1):
-        result = evaluate(data.images[rows], number, noise)
-        results.append(result._replace(inputs=None, outputs=None))  # they would take much memory
+        images = data.prepare(rows)
+        result = evaluate(images, add_noise(images, noise, seed, -number))
+        results.append(result._replace(outputs=None))  # they would take much memory
     losses = [result.loss for result in results]
     errors = np.concatenate([result.errors for result in results])
     psnr = np.concatenate([result.psnr for result in results])
@@ -1459,23 +1408,23 @@ def compute_metrics(
     arrays = {
         "latents": np.concatenate([result.latents for result in results]),
         "errors": errors,
-        "labels": data.test_labels,
+        "labels": data.labels[data.test_rows],
         "classes": data.classes,
-        "files": data.test_files,
+        "files": data.files[data.test_rows],
     }
     return metrics, arrays
 
 
 def compute_mean_image_loss(data):
     """Return the test loss of the mean training image: what a model that learns has to beat."""
-    values = len(data.train_rows) * data.images[0].size
-    rows = data.train_rows[:: math.ceil(values / 100_000_000)]  # more would take much memory
-    mean_image = to_float(data.images[rows].mean(axis=0))
+    size = len(data.train_rows) * data.images[0].nbytes
+    rows = data.train_rows[:: math.ceil(size / 100_000_000)]  # more would take much memory
+    mean_image = prepare(data.images[rows].mean(axis=0, dtype=float), data.preparation)
     batches = batch_rows(data.test_rows, data.images)
     losses = []
     for rows in batches:
-        targets = to_float(data.images[rows])
-        losses.append(reconstruction_loss(targets, tf.broadcast_to(mean_image, targets.shape)))
+        images = data.prepare(rows)
+        losses.append(reconstruction_loss(images, tf.broadcast_to(mean_image, images.shape)))
     return float(np.average(losses, weights=[len(rows) for rows in batches]))
 
 
@@ -1493,12 +1442,13 @@ def write_preview(state, images, evaluate, settings, writer, bar):
     and show it beside the mean of the last 50 training losses.
     """
     step = state.step
-    result = evaluate(images, 1, settings.noise)
+    inputs = add_noise(images, settings.noise, settings.seed, number=-1)
+    result = evaluate(images, inputs)
     loss = float(result.loss)
     check_finite(loss, step)
     state.previews[step] = loss
-    rows = [images / 255] if settings.noise else []
-    rows += [result.inputs, result.outputs]
+    rows = [images, inputs] if settings.noise else [images]
+    rows.append(result.outputs)
     grid = draw_grid(rows, [f"step {step:,}   preview loss {loss:.4f}"])
     save = partial(grid.save, compress_level=1)  # the default takes twice the time
     write_atomically(preview_path(step, settings), save)
@@ -1523,7 +1473,7 @@ def preview_path(step, settings):
 
 def choose_preview_rows(data):
     """Return the rows of test images to show: one of each class first."""
-    _, chosen = np.unique(data.test_labels, return_index=True)
+    _, chosen = np.unique(data.labels[data.test_rows], return_index=True)
     others = np.setdiff1d(np.arange(len(data.test_rows)), chosen)
     return data.test_rows[np.concatenate([chosen, others])[: count_in_picture(data)]]
 
@@ -1577,8 +1527,9 @@ def draw_pictures(settings, state, evaluate, data, errors):
 def draw_worst(path, evaluate, data, errors):
     """Draw the test images with the largest errors above their reconstructions, the worst first."""
     worst = np.argsort(-errors, kind="stable")[: count_in_picture(data)]
-    result = evaluate(data.images[data.test_rows[worst]], number=1, noise=0)
-    grid = draw_grid([result.inputs, result.outputs], [f"{error:.4g}" for error in errors[worst]])
+    images = data.prepare(data.test_rows[worst])
+    titles = [f"{error:.4g}" for error in errors[worst]]
+    grid = draw_grid([images, evaluate(images, images).outputs], titles)
     write_atomically(path, grid.save)
 
 
@@ -1782,10 +1733,10 @@ def fail(error, status=1):
 
 def print_overview(settings, data, state):
     """Print what a run uses, where its results are, and how to resume it."""
-    _, height, width, channels = data.images.shape
+    height, width, channels = data.image_shape
     train_count = len(data.train_rows)
     names = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
-    initial = f"{name_initializer((height, width, channels), settings)} initial weights"
+    initial = f"{name_initializer(data.image_shape, settings)} initial weights"
     epochs = settings.steps * settings.batch_size / train_count
     print("device  ", ", ".join(list_devices()))
     print(

@@ -103,7 +103,8 @@ def make_training(settings, images, rows):
 
     autoencoder = train_ae.build_autoencoder(images.shape[1:], settings)
     optimizer = train_ae.make_optimizer(autoencoder, settings)
-    return train_ae.Training(autoencoder, optimizer, images, rows, settings)
+    preparation = train_ae.Preparation(0, 255, images.shape[-1])
+    return train_ae.Training(autoencoder, optimizer, images, rows, preparation, settings)
 
 
 def fit(kind):
@@ -128,7 +129,7 @@ def fit_at_its_best(kind):
 
     def make_batch(step):
         indices = train_ae.batch_indices(step, batch, images.shape[0], 0)
-        clean = train_ae.to_float(tf.gather(images, indices))
+        clean = tf.cast(tf.gather(images, indices), tf.float32) / 255
         return clean, clean
 
     data = tf.data.Dataset.counter().map(make_batch).prefetch(50)

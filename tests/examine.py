@@ -14,6 +14,7 @@ samples/RUN/examined/SET/ the worst ones, and the reconstructions under the name
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -88,19 +89,18 @@ def compare(targets, outputs):
 
 def measure(model, settings, data):
     """Return the mean of each metric over all test images."""
-    evaluate = train_ae.compile_evaluation(model, settings.seed)
+    evaluate = train_ae.compile_evaluation(model)
     means = Counter()
     batches = train_ae.batch_rows(data.test_rows, data.images)
     for number, rows in enumerate(batches, start=1):
-        images = data.images[rows]
-        result = evaluate(images, number, noise=0)
-        targets = result.inputs.numpy()
+        images = data.prepare(rows)
+        result = evaluate(images, images)
         metrics = {"test loss": len(rows) * result.loss.numpy()}
-        metrics |= compare(targets, np.clip(result.outputs, 0, 1))
+        metrics |= compare(images.numpy(), np.clip(result.outputs, 0, 1))
         if settings.noise:  # as in the metrics of the run
-            noisy = evaluate(images, number, settings.noise)
-            metrics["PSNR (dB) of noisy inputs"] = psnr(targets, noisy.inputs)
-            metrics["PSNR (dB) from noisy inputs"] = noisy.psnr
+            noisy = train_ae.add_noise(images, settings.noise, settings.seed, -number)
+            metrics["PSNR (dB) of noisy inputs"] = psnr(images, noisy)
+            metrics["PSNR (dB) from noisy inputs"] = evaluate(images, noisy).psnr
         for name, values in metrics.items():
             means[name] += np.sum(values) / len(data.test_rows)
     return means
@@ -111,11 +111,11 @@ def measure(model, settings, data):
 
 
 def image_components(train, test):
-    """Return all components of uint8 test images, by PCA of training images."""
-    train, test = [images.reshape(len(images), -1) / np.float32(255) for images in (train, test)]
+    """Return all components of test images, by PCA of training images."""
+    train, test = [np.reshape(images, (len(images), -1)) for images in (train, test)]
     mean = train.mean(axis=0)
-    train -= mean
-    _, axes = tf.linalg.eigh(train.T @ train)
+    centered = train - mean
+    _, axes = tf.linalg.eigh(centered.T @ centered)
     return (test - mean) @ axes[:, ::-1]
 
 
@@ -141,10 +141,12 @@ def open_run(run, dataset=None):
     names = train_ae.Settings.model_fields.keys() & config.keys()
     settings = train_ae.Settings(**{name: config[name] for name in names})
     train_ae.configure_tensorflow(settings)
-    data = train_ae.load_data(settings, config["preparation"] if dataset else None)
+    data = train_ae.load_data(settings)
+    if dataset:
+        data = prepare_as(config["preparation"], data)
     if not dataset and data.checksum != config["checksum of images"]:
         raise train_ae.SettingsError(f"{run} was tested on other images than {settings.dataset}")
-    found = "x".join(map(str, data.images.shape[1:]))
+    found = "x".join(map(str, data.image_shape))
     needed = "x".join(map(str, model.input_shape[1:]))
     if found != needed:
         raise train_ae.SettingsError(
@@ -152,6 +154,16 @@ def open_run(run, dataset=None):
             " --image-size takes any size"
         )
     return settings, data, model
+
+
+def prepare_as(values, data):
+    """Return data, all to be tested on, with the preparation of a run. Raises SettingsError."""
+    preparation = train_ae.Preparation(*values)
+    if data.preparation.channels > preparation.channels:
+        raise train_ae.SettingsError("the set has colours, and the images of the run have none")
+    if data.preparation[:2] != preparation[:2]:
+        print("values   {:.9g} to {:.9g} become 0 to 1, as in the run".format(*values))
+    return data._replace(preparation=preparation, test_rows=np.arange(len(data.images)))
 
 
 @matplotlib.style.context(["default", {"text.parse_math": False}])  # class names are plain text
@@ -184,8 +196,8 @@ def examine_run(run):
     latents = saved["latents"].reshape(len(data.test_rows), -1)
     size = latents.shape[1]
     panels = {}
-    if data.images[0].size <= 4096:  # more would take minutes
-        components = image_components(data.images[data.train_rows], data.images[data.test_rows])
+    if math.prod(data.image_shape) <= 4096:  # more would take minutes
+        components = image_components(data.prepare(data.train_rows), data.prepare(data.test_rows))
         rest = np.square(components[:, size:])
         table["squared error of PCA of that size"] = rest.sum(axis=1).mean()
         panels["images: the first two principal components"] = components[:1000]
@@ -209,12 +221,12 @@ def examine_set(run, dataset, with_pictures=False):
     print_table(metrics)
     errors = arrays["errors"]
     for index, name in enumerate(data.classes):
-        is_here = data.test_labels == index
+        is_here = data.labels == index
         print_table({f"mean error of {name or 'all'} ({is_here.sum():,})": errors[is_here].mean()})
         if len(data.classes) > 1:
             print_table({"  area under ROC curve, others above": area(errors, ~is_here)})
     for index in np.argsort(-errors, kind="stable")[:5]:
-        print(f"{errors[index]:9.4f} {data.test_files[index]}")
+        print(f"{errors[index]:9.4f} {data.files[index]}")
     place = Path(dataset).resolve()
     name = place.stem if place.is_file() else place.name.replace(":", "_")
     path = run / "examined" / f"{name}.npz"
@@ -235,11 +247,12 @@ def area(errors, is_anomaly):
 
 def save_pictures(folder, evaluate, data):
     """Write each reconstruction under the name of its picture, as .png."""
-    names = [Path(file).with_suffix(".png") for file in data.test_files]
+    names = [Path(file).with_suffix(".png") for file in data.files]
     counts = Counter(names)
-    for row, file, name in zip(data.test_rows, data.test_files, names, strict=True):
-        (outputs,) = evaluate(data.images[[row]], number=1, noise=0).outputs.numpy()
-        pixels = np.rint(255 * np.clip(outputs, 0, 1))
+    for row, (file, name) in enumerate(zip(data.files, names, strict=True)):
+        image = data.prepare([row])
+        (output,) = evaluate(image, image).outputs.numpy()
+        pixels = np.rint(255 * np.clip(output, 0, 1))
         picture = keras.utils.array_to_img(pixels, scale=False)
         if counts[name] > 1:  # a.jpg beside a.png
             name = f"{file}_{row}.png"

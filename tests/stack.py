@@ -62,12 +62,12 @@ def stack(settings, steps):
     """Return a stacked autoencoder, and the losses of each pair of layers by name."""
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings)
-    autoencoder = train_ae.build_autoencoder(data.images.shape[1:], settings)
+    autoencoder = train_ae.build_autoencoder(data.image_shape, settings)
     if settings.tied:
         train_ae.tie_kernels(autoencoder.trainable_variables)
-    tensors = train_ae.to_tensors(data)
+    tensors = (*train_ae.to_tensors(data), data.preparation)
     settings = settings.model_copy(update={"steps": steps})  # of a rate that falls
-    images = keras.Input(data.images.shape[1:])
+    images = keras.Input(data.image_shape)
     hidden = images
     losses = {}
     for encode, decode in list_pairs(autoencoder):

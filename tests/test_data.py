@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
+import examine
 import helpers
 import numpy as np
 import pytest
@@ -19,9 +20,14 @@ from PIL import Image, ImageOps
 import train_ae
 
 
-def load(dataset, preparation=None, **settings):
+def load(dataset, **settings):
     """Return the data of a set."""
-    return train_ae.load_data(train_ae.Settings(dataset=dataset, **settings), preparation)
+    return train_ae.load_data(train_ae.Settings(dataset=dataset, **settings))
+
+
+def levels(data):
+    """Return the images as the model sees them, from 0 to 255."""
+    return 255 * data.prepare(range(len(data.images))).numpy()
 
 
 def save(path, content, **options):
@@ -68,7 +74,6 @@ ARRAYS = KINDS | {
     "half": np.float16(IMAGES * 256.0 - 30000),
     "long double": IMAGES / np.longdouble(255),
     "Fortran's order": np.asfortranarray(IMAGES),
-    "small steps": IMAGES / 255 - 1e5,
 }
 BINARY = IMAGES // 128 * 255
 EXPECTED = {"0 and 1": BINARY, "bool": BINARY, "dim": IMAGES // 100}
@@ -97,7 +102,7 @@ def prepare(folder, images, shape=(8, 6, 1)):
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_values_become_eight_bits_by_the_range_of_the_set(kind, tmp_path, capsys):
+def test_values_are_scaled_by_the_range_of_the_set(kind, tmp_path, capsys):
     sets = [save(tmp_path / "x.npy", ARRAYS[kind].squeeze())]
     if kind in KINDS:
         for index, image in enumerate(KINDS[kind]):
@@ -105,22 +110,22 @@ def test_values_become_eight_bits_by_the_range_of_the_set(kind, tmp_path, capsys
         sets.append(tmp_path / "set")
     for dataset in sets:
         data = load(dataset)
-        assert_array_equal(data.images, EXPECTED.get(kind, IMAGES))
+        assert_allclose(levels(data), EXPECTED.get(kind, IMAGES), atol=0.1)
         out = capsys.readouterr().out
-        assert ("become 0 to 255" in out) == (data.preparation[:2] != (0, 255))
-        assert "warning" not in out
+        assert ("become 0 to 1" in out) == (data.preparation[:2] != (0, 255))
+        assert ("warning" in out) == (kind == "dim")
 
 
 def test_splits_may_differ_in_the_order_of_bytes(tmp_path):
     values = IMAGES * np.uint16(100)
     arrays = {"x_train": values[:16], "x_test": values[16:].astype(">u2")}
-    assert_array_equal(load(save(tmp_path / "x.npz", arrays)).images, IMAGES)
+    assert_allclose(levels(load(save(tmp_path / "x.npz", arrays))), IMAGES, atol=1e-3)
 
 
 def test_a_pixel_of_one_channel_is_colour(tmp_path):
     images = IMAGES.repeat(3, axis=-1)
     images[7, 0, 0, 2] ^= 1
-    assert_array_equal(load(save(tmp_path / "x.npy", images)).images, images)
+    assert_allclose(levels(load(save(tmp_path / "x.npy", images))), images, atol=1e-3)
 
 
 def spoil(number, value):
@@ -132,7 +137,7 @@ def spoil(number, value):
 
 def test_range_that_leaves_little_of_a_split_is_warned_of(tmp_path, capsys):
     cases = {
-        "values   -99 to 1 become 0 to 255\nwarning .*darkest.* image train/7,": spoil(7, -99),
+        "values   -99 to 1 become 0 to 1\nwarning .*darkest.* image train/7,": spoil(7, -99),
         "warning .*brightest.* image train/": {"x_train": IMAGES * 1.0, "x_test": IMAGES[:4] / 255},
     }
     for said, arrays in cases.items():
@@ -143,9 +148,9 @@ def test_range_that_leaves_little_of_a_split_is_warned_of(tmp_path, capsys):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_prepared_as_in_a_finished_run(channels, tmp_path):
     path = save(tmp_path / "x.npy", IMAGES.repeat(4 - channels, axis=-1))
-    data = load(path, [0, 250, channels], batch_size=99)
-    expected = np.rint(np.minimum(IMAGES, 250.0) * 1.02)
-    assert_array_equal(data.images, expected.repeat(channels, axis=-1))
+    data = examine.prepare_as([0, 250, channels], load(path))
+    expected = np.minimum(IMAGES, 250.0) * 1.02
+    assert_allclose(levels(data), expected.repeat(channels, axis=-1), atol=1e-3)
     assert_array_equal(data.test_rows, range(20))
 
 
@@ -167,16 +172,16 @@ def test_image_size_crops_and_scales(tmp_path):
     expected = [crop(image) for image in images]
     for dataset in (tmp_path / "set", "own"):
         data = load(dataset, data_dir=tmp_path, image_size=4)
-        assert_array_equal(data.images[..., 0], expected)
+        assert_array_equal(np.rint(levels(data))[..., 0], expected)
 
 
-@pytest.mark.parametrize("kind", ["16 bits", "signed floats", "bool"])
+@pytest.mark.parametrize("kind", ["16 bits", "signed floats"])
 def test_image_size_scales_other_values_before_they_are_rounded(kind, tmp_path):
     path = save(tmp_path / "x.npy", KINDS[kind])
     data = load(path, image_size=4)
-    images = np.float32(EXPECTED.get(kind, IMAGES))
-    expected = np.clip([crop(image) for image in images], 0, 255)
-    assert_allclose(data.images[..., 0], expected, atol=1)
+    crops = np.array([crop(image) for image in np.float32(IMAGES)])
+    expected = 255 * (crops - crops.min()) / np.ptp(crops)
+    assert_allclose(levels(data)[..., 0], expected, atol=1e-2)
 
 
 def test_what_is_transparent_is_white_whatever_its_hidden_colour(tmp_path):
@@ -222,6 +227,7 @@ pictures 1 skipped, .* 16-bit colours, .*/7.png
 pictures 1 skipped, .* HEIC.*/8.HEIC
 pictures 1 skipped, .* cannot read .*/9.eps
 pictures 1 skipped, .* too many pixels, .*/b.png
+warning  1 of 5 images are nearly constant .* image 2.mpo, .*
 test .*
 """
     assert re.fullmatch(said, capsys.readouterr().out)
@@ -236,6 +242,13 @@ def test_a_tenth_is_held_out_by_the_seed(pictures):
     assert sorted([*data.train_rows, *data.test_rows]) == [*range(60)]
     assert len(data.test_rows) == 6
     assert set(load(pictures, seed=1).test_rows) != set(data.test_rows)
+
+
+def test_a_single_image_is_trained_and_tested_on_in_larger_batches(run_here, tmp_path, capsys):
+    save(tmp_path / "x.npy", IMAGES[:1])
+    run = run_here("--dataset=x.npy", "--depth=1", "--steps=2", "--batch-size=3")
+    assert run.latents()["files"] == ["train/0"]
+    assert "test     on the image that is trained on" in capsys.readouterr().out
 
 
 # What is trained on | tested on | left out | said
@@ -268,10 +281,10 @@ def test_layouts_of_a_folder(layout, tmp_path, monkeypatch, capsys):
     for number, name in enumerate(used + others):
         save(tmp_path / f"{name}.png", IMAGES[number])
     data = load(".")
-    assert_array_equal(data.images, IMAGES[: len(used)])
+    assert_array_equal(np.rint(levels(data)), IMAGES[: len(used)])
     assert data.classes.tolist() == sorted({Path(name).parent.name for name in used})
     if tested:
-        assert data.test_files.tolist() == [f"{name}.png" for name in tested]
+        assert data.files[data.test_rows].tolist() == [f"{name}.png" for name in tested]
     assert (f"splits  {said}\n" in capsys.readouterr().out) == (said != "")
 
 
@@ -289,9 +302,8 @@ def test_labels_of_any_type(labels, names, tmp_path):
     arrays = {"x_train": IMAGES, "y_train": labels * 10, "extra": OBJECTS}
     data = load(save(tmp_path / "x.NPZ", arrays))
     assert data.classes.tolist() == names
-    found = data.classes[data.test_labels]
-    assert found.tolist() == [names[row % 2] for row in data.test_rows]
-    assert data.test_files.tolist() == [f"train/{row}" for row in data.test_rows]
+    assert data.classes[data.labels].tolist() == names * 10
+    assert data.files.tolist() == [f"train/{row}" for row in range(20)]
 
 
 def save_idx(folder, ending, name=""):
@@ -316,8 +328,7 @@ def test_folder_in_mnists_own_format(tmp_path):
         data = load(folder)
         assert_array_equal(data.images, IMAGES)
         assert_array_equal(data.test_rows, range(16, 20))
-        names = data.classes[data.test_labels]
-        assert_array_equal(names, IMAGES[16:, 0, 0, 0].astype(str))
+        assert_array_equal(data.classes[data.labels], IMAGES[:, 0, 0, 0].astype(str))
     save_idx(folder, "", "letters-")
     with pytest.raises(train_ae.SettingsError, match="several sets: , letters-"):
         load(folder)
@@ -351,17 +362,17 @@ def test_mnist_is_all_of_it(full_mnist, digits):
     data = load("mnist", data_dir=full_mnist)
     assert_array_equal(data.test_rows, range(60000, 70000))
     assert_array_equal(data.images[:4000], digits["x_train"])
-    assert_array_equal(data.test_labels[:1000], digits["y_test"])
+    assert_array_equal(data.labels[data.test_rows[:1000]], digits["y_test"])
 
 
 def test_tfds_set_in_several_batches_with_images_of_no_class(tmp_path, capsys):
     images = draw(6, 600, 600, 1) * np.uint16(257)  # two are a batch
     prepare(tmp_path, images, (600, 600, 1))
     data = load("own", data_dir=tmp_path)
-    assert_array_equal(data.images, images // 257)
+    assert_array_equal(data.images, images)
     assert_array_equal(data.test_rows, range(3, 6))
-    assert data.classes[data.test_labels].tolist() == ["cat", "", "dog"]
-    assert data.test_files.tolist() == [f"validation/{number}" for number in range(3)]
+    assert data.classes[data.labels[3:]].tolist() == ["cat", "", "dog"]
+    assert data.files[3:].tolist() == [f"validation/{number}" for number in range(3)]
     assert "splits   train and validation" in capsys.readouterr().out
 
 
@@ -403,13 +414,11 @@ FOLDERS = r"""
 a.txt=text b.png=text: no pictures in set.* 2 files
 dataset_info.json=text: TFDS .*--data-dir
 a.png=photo b.png=short: uint8 \(3, 4, 3\).*add --image-size
-a.png=photo b.png=deep: uint8.* uint16.* convert them
+a.png=photo b.png=deep: uint8.* float32.* convert them
 a.png=black: all pixels of set are 0
-a.png=photo: 0 training images
 a.tiff=nan: infinity in .*a.tiff
 train/a.png=text val/a.png=photo: no pictures in set/train, of 2 files
 train/a.png=photo val/a.png=text: no pictures in set/val, of 2 files
-a/train/a.png=photo a/val/a.png=photo b.png=photo: has splits in .* use set/a as --dataset
 train-images-idx3-ubyte=text: set is missing or damaged"""
 
 
@@ -458,14 +467,11 @@ def test_array_of_no_use_is_refused(said, content, refuse, tmp_path):
     assert re.search(said, refuse(name))
 
 
-def test_options_that_do_not_suit_a_set_are_refused(refuse, tmp_path):
-    save(tmp_path / "x.npy", IMAGES)
-    line = refuse("x.npy", "--batch-size=19")
-    assert re.search(" 18 .*images.* 19", line)
-    load("x.npy", batch_size=18)
-    for kind in ("small steps", "0 and 1"):
-        save(tmp_path / "x.npy", ARRAYS[kind])
-        assert "too coarsely" in refuse("x.npy", "--image-size=4")
+def test_values_that_would_become_too_coarse_are_refused(refuse, tmp_path):
+    save(tmp_path / "x.npy", IMAGES / 255 - 1e5)
+    assert "too coarse for values from -100000 to -99999" in refuse("x.npy")
+    save(tmp_path / "x.npy", KINDS["bool"])
+    assert "masks of 0 and 1" in refuse("x.npy", "--image-size=4")
 
 
 @pytest.mark.parametrize(
@@ -512,7 +518,7 @@ def test_full_disk_is_refused(moment, refuse, tmp_path, monkeypatch):
     file = Mock(**{f"{moment}.side_effect": error})
     monkeypatch.setattr("tempfile.TemporaryFile", Mock(return_value=nullcontext(file)))
     line = refuse("x.npy", "--log-dir=none/deeper", status=1)
-    assert re.search(f"{tmp_path}.* 7.7e-06 GB .*disk full", line)
+    assert re.search(f"{tmp_path}.* 3.8e-06 GB .*disk full", line)
 
 
 def limit_memory():

@@ -189,7 +189,6 @@ def test_ctrl_c_ends_a_worker_that_waits_for_others(arguments, tmp_path):
 OTHER = {
     "--sample-every=7": " sample_every 20, .* 7",
     "--depth=2": " depth 1, .* 2",
-    "--dataset=pictures/fades": "the images are not those",
     "--run-name=y": "must share",
 }
 
@@ -198,9 +197,15 @@ def test_one_that_differs_says_how_and_all_end(arguments, tmp_path):
     pairs = {}
     for word, text in OTHER.items():
         folder = tmp_path / word
-        folder.mkdir(parents=True)
-        (folder / "pictures").symlink_to(arguments[1])
+        folder.mkdir()
         pairs[text] = start_workers(folder, *arguments, last=[word])
+    # Other images under the same name.
+    (tmp_path / "set").symlink_to(arguments[1])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "set").symlink_to(f"{arguments[1]}/fades")
+    options = [*arguments, "--dataset=set", f"--log-dir={tmp_path / 'logs'}"]
+    events = [int, partial(os.chdir, "elsewhere")]
+    pairs["the images are not those"] = start_workers(tmp_path, *options, events=events)
     for text, pair in pairs.items():
         statuses, errors = end(pair)
         assert_says(errors[1], text)
@@ -210,9 +215,11 @@ def test_one_that_differs_says_how_and_all_end(arguments, tmp_path):
 
 def test_workers_with_different_checkpoints_end(arguments, two, tmp_path):
     shutil.copytree(two.logs, tmp_path / "logs" / "x")
-    (tmp_path / "elsewhere" / "x").mkdir(parents=True)
-    shutil.copy(two.logs / "config.json", tmp_path / "elsewhere" / "x")
-    statuses, errors = end(start_workers(tmp_path, *arguments, last=["--log-dir", "elsewhere"]))
+    folder = tmp_path / "elsewhere" / "logs" / "x"
+    folder.mkdir(parents=True)
+    shutil.copy(two.logs / "config.json", folder)
+    events = [int, partial(os.chdir, "elsewhere")]
+    statuses, errors = end(start_workers(tmp_path, *arguments, events=events))
     assert statuses == [1, 1]
     for lines in errors:
         assert_says(lines, "workers find different checkpoints")

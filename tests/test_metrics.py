@@ -29,7 +29,7 @@ def run(request, tmp_path_factory):
         assert helpers.here(*options.split()) == 0
         _, run.data, run.model = examine.open_run(run.logs)
         run.saved = run.latents()
-        run.images = run.data.images[run.data.test_rows] / np.float32(255)
+        run.images = run.data.prepare(run.data.test_rows).numpy()
         yield run
 
 
@@ -108,12 +108,8 @@ def test_latents_belong_to_labels_and_files(run, digits):
 
 def test_exact_reconstructions_have_a_psnr_of_100(run_here, tmp_path, capsys):
     """Black images of a model that has learned nothing; they are too large for PCA."""
-    white = np.full((9, 65, 65), 255, "u1")
-    np.savez(
-        tmp_path / "black.npz",
-        x_train=white,
-        x_test=white * 0,
-    )
+    train = np.random.default_rng(0).integers(0, 256, (9, 65, 65), np.uint8)
+    np.savez(tmp_path / "black.npz", x_train=train, x_test=train * 0)
     run = run_here("--dataset", "black.npz", "--steps", 1, "--learning-rate", 1e-30)
     assert run.json("metrics")["psnr"] == 100
     examine.examine_run(run.logs)
@@ -171,7 +167,7 @@ def test_two_to_thirty_classes_have_a_legend_in_plain_text(count, figure, tmp_pa
 
 def test_pca_of_mnist_is_that_of_hinton_and_salakhutdinov(full_mnist):
     data = train_ae.load_data(train_ae.Settings(dataset="mnist", data_dir=full_mnist))
-    parts = [data.images[rows] for rows in (data.train_rows, data.test_rows)]
+    parts = [data.prepare(rows) for rows in (data.train_rows, data.test_rows)]
     rest = examine.image_components(*parts)[:, 30:]
     error = np.square(rest).sum() / 10_000
     assert f"{error:.2f}" == "13.87"
@@ -235,11 +231,9 @@ def test_readmes_code_prepares_pictures_as_in_training(mine, run_here, tmp_path)
     run = run_here("--dataset", mine, "--depth", 1, "--steps", 2, "--image-size", 5, name="RUN")
     names = {}
     exec(code, names)
-    found = names["arrays"]
     expected = run.latents()
-    for name in ("latents", "errors"):
-        assert_array_equal(found[name], expected[name])
-    assert names["outputs"].shape == names["data"].images.shape
+    assert_array_equal(names["result"].latents, expected["latents"])
+    assert_array_equal(names["result"].errors, expected["errors"])
 
 
 def test_pictures_that_the_model_cannot_take_are_refused(run):
