@@ -594,7 +594,7 @@ BUNDLED = SCRIPT.parent / "samples" / "mnist_5k.npz"
 class Example(NamedTuple):
     """An image, and what is known of it."""
 
-    image: np.ndarray | None  # (height, width, channels) uint8 or float32
+    image: np.ndarray  # (height, width, channels) uint8 or float32
     is_test: bool
     label: Any  # text or number
     file: str  # its name; in arrays and TFDS datasets, such as test/7
@@ -630,20 +630,18 @@ def load_data(settings: Settings) -> Data:
         total, found = open_dataset(settings)
     except OSError as error:
         raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
-    images, checksum, examples = store(settings, total, found)
-    labels = np.array([example.label for example in examples])
+    images, checksum, facts = store(settings, total, found)
+    is_test, labels, files = [np.array(column) for column in zip(*facts, strict=True)]
     classes, labels = np.unique(labels, return_inverse=True)
-    files = np.array([example.file for example in examples])
-    preparation = choose_preparation(settings, images, files)
-    is_test = np.array([example.is_test for example in examples])
-    train_rows, test_rows = choose_rows(settings, is_test)
     classes = classes.astype(str)
+    preparation = choose_preparation(settings, images, files)
+    train_rows, test_rows = choose_rows(settings, is_test)
     return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
 def store(settings, total, examples):
     """Write the images of examples to a file. Return the images memory-mapped, (n, height, width,
-    channels), their checksum, and the examples without them.
+    channels), their checksum, and the rest of each example.
 
     The file has no name, so that it is gone when the process ends, in any way. It lies where
     --log-dir does: the system's folder for temporary files may be in memory.
@@ -651,7 +649,7 @@ def store(settings, total, examples):
     folder = settings.log_dir.absolute()
     while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
         folder = folder.parent
-    stored = []
+    facts = []
     kind = None
     checksum = 0
     try:
@@ -667,11 +665,11 @@ def store(settings, total, examples):
                     )
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
-                stored.append(example._replace(image=None))
-            if not stored:
+                facts.append(example[1:])
+            if not facts:
                 raise SettingsError(f"{settings.dataset} contains no images")
             file.flush()
-            shape = (len(stored), *image.shape)
+            shape = (len(facts), *image.shape)
             # "r+", since TensorFlow takes only arrays that could be written to.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
@@ -679,7 +677,7 @@ def store(settings, total, examples):
         raise RunError(
             f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror}"
         ) from error
-    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
+    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
 
 
 def choose_preparation(settings, images, files):
@@ -817,7 +815,7 @@ def open_arrays(settings, path):
                 f"{path} must have numbers as x_{name}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{name}, if any"
             )
-        splits[name] = (images, labels)
+        splits[name] = (images.reshape(*images.shape[:3], -1), labels)
     total = sum(len(images) for images, _ in splits.values())
     return total, read_arrays(settings, splits)
 
@@ -826,7 +824,6 @@ def read_arrays(settings, splits):
     """Yield the examples in arrays."""
     for name, (images, labels) in splits.items():
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            image = np.atleast_3d(image)
             yield make_example(settings, image, name == "test", label, f"{name}/{number}")
 
 
