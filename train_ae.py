@@ -157,8 +157,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"--{name.replace('_', '-')} {values[name]}: {problem['msg']} ({meaning})")
 
 
-def is_large_step(settings):
-    """Return whether oneDNN makes a step faster, as measured on two EPYC cores."""
+def onednn_pays(settings):
+    """Return whether a step is so large that oneDNN makes it faster, on two EPYC cores."""
     size = 28 if settings.dataset in ("mnist_5k", "mnist") else 64  # the images are not read yet
     size = settings.image_size or size
     return settings.batch_size * size**2 > 40_000  # pixels
@@ -171,7 +171,7 @@ def is_large_step(settings):
 onednn = False  # Intel's kernels: on one small image they are four times slower than TensorFlow's
 if __name__ == "__main__":
     command_line_settings = parse_arguments()
-    onednn = is_large_step(command_line_settings)
+    onednn = onednn_pays(command_line_settings)
 
 if "tensorflow" not in sys.modules:  # TensorFlow reads these when it is imported
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", str(int(onednn)))
@@ -206,12 +206,14 @@ def train(settings: Settings) -> dict[str, Any]:
     OSError or TensorFlow's OpError if the run fails.
     """
     started = time.perf_counter()
+    folder = settings.log_folder
     configure_tensorflow(settings)
     strategy = make_strategy(settings)
     data = load_data(settings)
     weights = read_weights(settings, data.image_shape)
-    with strategy.scope(), lock(settings.log_folder):
-        checkpoint = load_checkpoint(settings.log_folder)
+    # Input is checked before a run's files are written, workers before they build a model.
+    with strategy.scope(), lock(folder):
+        checkpoint = load_checkpoint(folder)
         config = agree_on_config(settings, make_config(settings, data, weights), checkpoint)
 
         autoencoder = build_autoencoder(data.image_shape, settings)
@@ -219,25 +221,26 @@ def train(settings: Settings) -> dict[str, Any]:
         if settings.tied:
             tie_kernels(autoencoder.trainable_variables)
         optimizer = make_optimizer(autoencoder, settings)
-        state = State(settings.log_folder, config, autoencoder, optimizer)
+        state = State(folder, config, autoencoder, optimizer)
         state.restore(checkpoint)
-        keep_script(settings.log_folder / "train_ae.py", is_new=state.step == 0)
+        keep_script(folder / "train_ae.py", is_new=state.step == 0)
         print_overview(settings, data, state)
 
         images, rows = to_tensors(data)
         training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
         evaluate = compile_evaluation(autoencoder)
-        fit(training, state, data.prepare(choose_preview_rows(data)), evaluate)
+        preview_images = data.prepare(choose_preview_rows(data))
+        fit(training, state, preview_images, evaluate)
 
-        write_atomically(settings.log_folder / "autoencoder.keras", autoencoder.save)
-        metrics, arrays = compute_metrics(evaluate, data)
+        write_atomically(folder / "autoencoder.keras", autoencoder.save)
+        metrics, arrays = compute_metrics(evaluate, data, folder)
         metrics["mean_image_loss"] = compute_mean_image_loss(data)
         if settings.noise:
-            noisy, _ = compute_metrics(evaluate, data, settings.noise, settings.seed)
+            noisy, _ = compute_metrics(evaluate, data, folder, settings.noise, settings.seed)
             metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
         metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
-        write_arrays(settings.log_folder / "latents.npz", arrays)
-        write_json(settings.log_folder / "metrics.json", metrics)
+        write_arrays(folder / "latents.npz", arrays)
+        write_json(folder / "metrics.json", metrics)
         draw_pictures(settings, state, evaluate, data, arrays["errors"])
     print_results(settings, data, metrics)
     return metrics
@@ -265,7 +268,7 @@ def fit(training, state, preview_images, evaluate):
             is_last = state.step == settings.steps
             if is_last or state.step % settings.sample_every == 0:
                 write_preview(state, preview_images, evaluate, settings, preview_writer, bar)
-            # When a checkpoint is written makes no difference to the results.
+            # The results do not depend on when checkpoints are written.
             is_overdue = time.monotonic() - saved_at > 10  # seconds
             if is_last or is_overdue or state.step % settings.checkpoint_every == 0:
                 state.save()
@@ -430,14 +433,22 @@ class FusedAdam(keras.optimizers.Adam):
 # Training step: train_steps() runs up to 50 of them, replica_step() one, on each device
 
 
+class Preparation(NamedTuple):
+    """How stored images become inputs of the model: see prepare()."""
+
+    low: float  # the value that becomes 0
+    high: float  # the value that becomes 1
+    channels: int  # 1 or 3, of the inputs
+
+
 class Training(NamedTuple):
-    """What a step needs, beside its number; all but tensors are constants when it is compiled."""
+    """What a step needs, beside its number."""
 
     autoencoder: keras.Model
     optimizer: keras.optimizers.Optimizer
     images: tf.Tensor  # all images of the set, as in Data
     rows: tf.Tensor  # which of them to train on, int64
-    preparation: "Preparation"
+    preparation: Preparation
     settings: Settings
 
 
@@ -468,7 +479,7 @@ def replica_step(training, step):
     replica = tf.distribute.get_replica_context()
     replicas = replica.num_replicas_in_sync
     with tf.device("CPU:0"):  # the images stay there: only a share goes to a GPU
-        # Drawn for the whole batch, the noise does not depend on the number of devices.
+        # Made of the whole batch, noise does not depend on the number of devices; it costs little.
         clean, noisy = make_batch(training, step)
         targets = clean[replica.replica_id_in_sync_group :: replicas]
         inputs = noisy[replica.replica_id_in_sync_group :: replicas]
@@ -510,20 +521,10 @@ def batch_indices(step, batch_size, count, seed):
     )
 
 
-class Preparation(NamedTuple):
-    """How stored values become inputs of the model. From config.json, tests/examine.py takes it for
-    other sets.
-    """
-
-    low: float  # becomes 0
-    high: float  # becomes 1
-    channels: int
-
-
 def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
     """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
     low, high, channels = preparation
-    if images.shape[-1] != channels:  # grey in three channels becomes one, or one becomes three
+    if images.shape[-1] != channels:  # three equal ones become one; in tests/examine.py, one three
         images = tf.gather(images, [0] * channels, axis=-1)
     # A quotient would have other last digits in a compiled function.
     scaled = (tf.cast(images, tf.float32) - low) * (1 / (high - low))
@@ -542,7 +543,8 @@ def add_noise(images, stddev, seed, number):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tied kernels: after every step, the decoder's are copies of the encoder's
+# Tied kernels: after every step, the decoder's are copies of the encoder's, whatever the optimizer
+# has made of them
 
 
 def tie_gradients(gradients, variables):
@@ -630,7 +632,7 @@ def load_data(settings: Settings) -> Data:
         total, found = open_dataset(settings)
     except OSError as error:
         raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
-    images, checksum, facts = store(settings, total, found)
+    images, checksum, facts = store(settings, total, check_examples(found))
     is_test, labels, files = [np.array(column) for column in zip(*facts, strict=True)]
     classes, labels = np.unique(labels, return_inverse=True)
     classes = classes.astype(str)
@@ -639,9 +641,27 @@ def load_data(settings: Settings) -> Data:
     return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
+def check_examples(examples):
+    """Yield the same examples, unless their images are unusable, or differ in type or shape."""
+    first_kind = None
+    for example in examples:
+        kind = (example.image.dtype, example.image.shape)
+        first_kind = first_kind or kind
+        if kind != first_kind:
+            both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
+            raise SettingsError(
+                f"images differ in type or shape: {both} (for one shape, add --image-size, such as"
+                " 64; for one type, convert them)"
+            )
+        *_, channels = example.image.shape
+        if channels not in (1, 3):
+            raise SettingsError(f"images must have 1 or 3 channels, not {channels}")
+        yield example
+
+
 def store(settings, total, examples):
     """Write the images of examples to a file. Return the images memory-mapped, (n, height, width,
-    channels), their checksum, and the rest of each example.
+    channels), their checksum, and (is_test, label, file) of each.
 
     The file has no name, so that it is gone when the process ends, in any way. It lies where
     --log-dir does: the system's folder for temporary files may be in memory.
@@ -650,32 +670,26 @@ def store(settings, total, examples):
     while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
         folder = folder.parent
     facts = []
-    kind = None
     checksum = 0
+    bytes_per_image = 0
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for example in make_bar(examples, "reading", total=total, delay=2):
                 image = np.ascontiguousarray(example.image)
-                kind = kind or (image.dtype, image.shape)
-                if kind != (image.dtype, image.shape):
-                    raise SettingsError(
-                        f"images differ in type or shape: {kind[0]} {kind[1]} and {image.dtype}"
-                        f" {image.shape} (for one shape, add --image-size, such as 64; for one"
-                        " type, convert them)"
-                    )
+                bytes_per_image = image.nbytes
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
-                facts.append(example[1:])
+                facts.append((example.is_test, example.label, example.file))
             if not facts:
                 raise SettingsError(f"{settings.dataset} contains no images")
             file.flush()
             shape = (len(facts), *image.shape)
-            # "r+", since TensorFlow takes only arrays that could be written to.
+            # "r+", since NumPy gives TensorFlow only arrays that could be written to.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
-        size = f"{total * image.nbytes / 1e9:.2g} GB of" if kind else "the"
+        size = f"{total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
         raise RunError(
-            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror}"
+            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
         ) from error
     return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
 
@@ -684,8 +698,6 @@ def choose_preparation(settings, images, files):
     """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
     their range. Raises SettingsError for images of no use.
     """
-    if images.shape[3] not in (1, 3):
-        raise SettingsError(f"images must have 1 or 3 channels, not {images.shape[3]}")
     is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
     values = images.reshape(len(images), -1)
     darkest = values.min(axis=1).astype(float)  # of each image
@@ -697,32 +709,40 @@ def choose_preparation(settings, images, files):
         raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
     if low == high:
         raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    if images.dtype == np.uint8 and high > 1:
+    is_8_bit = images.dtype == np.uint8 and high > 1  # up to 1, it would be masks
+    if is_8_bit:
         low = 0.0
         high = 255.0
-    elif images.dtype == np.uint8 and settings.image_size:
-        raise SettingsError("masks of 0 and 1 become too coarse by --image-size: use 0 and 255")
-    elif np.spacing(np.float32(max(-low, high))) > (high - low) / 255:  # less than grey levels
-        raise SettingsError(
-            f"float32 is too coarse for values from {low:.9g} to {high:.9g}: scale them first"
-        )
     else:
         print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
+        check_precision(settings, images.dtype, low, high)
     check_contrast(low, high, darkest, brightest, files)
     return Preparation(low, high, channels=1 if is_grey else 3)
 
 
+def check_precision(settings, dtype, low, high):
+    """Refuse a range in which the stored images cannot have 256 levels."""
+    if dtype == np.float32:
+        step = np.spacing(np.float32(max(-low, high)))
+    else:
+        step = 1 if settings.image_size else 0  # masks stay masks unless they are resized
+    if step > (high - low) / 255:
+        raise SettingsError(
+            f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
+            " 255 first"
+        )
+
+
 def check_contrast(low, high, darkest, brightest, files):
-    """Warn if images become nearly constant, and refuse the set if next to nothing is left: a
-    placeholder, such as -9999, may have widened the range, `low` to `high`.
+    """Warn if images are nearly constant between `low` and `high`, and refuse the set if next to
+    nothing is left: a placeholder, such as -9999, may have widened the range.
     """
     contrast = (brightest - darkest) / (high - low)
     flat = np.count_nonzero(contrast < 1 / 16)
-    first = files[darkest.argmin()]
-    last = files[brightest.argmax()]
     message = (
-        f"{flat:,} of {len(files):,} images are nearly constant in this range, from the darkest"
-        f" pixel, in image {first}, to the brightest, in image {last}"
+        f"{flat:,} of {len(files):,} images are nearly constant between {low:.9g} and {high:.9g}:"
+        f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
+        f" image {files[brightest.argmax()]}"
     )
     if np.mean(contrast < 1 / 255) > 0.9:
         raise SettingsError(message)
@@ -803,7 +823,7 @@ def open_arrays(settings, path):
         raise
     except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} is missing or damaged: {error}") from error
-    splits = {}  # images and labels by name
+    pairs = {}  # images and labels, by split
     for name in ("train", "test") if "x_test" in arrays else ("train",):
         images = arrays.get(f"x_{name}", np.empty(0))
         labels = arrays.get(f"y_{name}", np.full(images.shape[:1], "")).flatten()
@@ -815,14 +835,14 @@ def open_arrays(settings, path):
                 f"{path} must have numbers as x_{name}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{name}, if any"
             )
-        splits[name] = (images.reshape(*images.shape[:3], -1), labels)
-    total = sum(len(images) for images, _ in splits.values())
-    return total, read_arrays(settings, splits)
+        pairs[name] = (images.reshape(*images.shape[:3], -1), labels)
+    total = sum(len(images) for images, _ in pairs.values())
+    return total, read_arrays(settings, pairs)
 
 
-def read_arrays(settings, splits):
+def read_arrays(settings, pairs):
     """Yield the examples in arrays."""
-    for name, (images, labels) in splits.items():
+    for name, (images, labels) in pairs.items():
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield make_example(settings, image, name == "test", label, f"{name}/{number}")
 
@@ -907,8 +927,8 @@ def find_files(folder, excluded):
 def choose_splits(folder, excluded):
     """Return the folders of a set, and whether each is to test on: {path: is_test}.
 
-    They are set/train and set/test; or set/data/train and set/data/test, if data is all that is in
-    the set, as archives unpack; or the set itself, whose folders are classes.
+    They are folder/train and folder/test, or the folder itself, whose subfolders are classes. If
+    all that it has is a subfolder, as archives unpack, its content counts.
     """
     paths = list_visible(folder, excluded)
     folders = [path for path in paths if path.is_dir()]
@@ -921,25 +941,24 @@ def choose_splits(folder, excluded):
         print(f"splits   {used} in {folder}; not used: {unused or 'nothing'}")
         return splits
     if len(paths) == len(folders) == 1:
-        splits = choose_splits(paths[0], excluded)
-        return {folder: False} if paths[0] in splits else splits
+        return choose_splits(paths[0], excluded | {folder.resolve()})
     return {folder: False}
 
 
 def read_folder(settings, splits, jobs):
     """Yield the examples in picture files; say which files are no pictures."""
-    kinds = set()  # of splits, by is_test
+    found = set()  # splits, by is_test
     remarks = {}  # files by remark
     for example, remark, path in map_in_order(partial(read_picture, settings), jobs):
         if remark:
             remarks.setdefault(remark, []).append(path)
         if example:
-            kinds.add(example.is_test)
+            found.add(example.is_test)
             yield example
     for remark, paths in remarks.items():
         print(f"pictures {len(paths):,} {remark}, such as {paths[0]}")
     for split, is_test in splits.items():
-        if is_test not in kinds:
+        if is_test not in found:
             raise SettingsError(
                 f"no pictures in {split}, of {len(jobs):,} files (to read a TFDS dataset, give its"
                 " name, and its folder as --data-dir)"
@@ -963,7 +982,8 @@ def read_picture(settings, job):
     return make_example(settings, picture, is_test, label, file), remark, path
 
 
-THUMBNAIL = 254  # tags of TIFF and EXIF: 1 if there is a larger picture in the file
+# Tags of TIFF and EXIF
+THUMBNAIL = 254  # 1 if there is a larger picture in the file
 DNG_VERSION = 50706
 ORIENTATION = 274
 
@@ -1103,6 +1123,196 @@ def read_tfds(settings, builder, splits):
 # steps since the last checkpoint. Their events and pictures are written again, with equal values.
 
 
+TRAINING_LOCK = threading.Lock()  # held by the thread that trains
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Keep other processes from training this run, for a `with` block, and other threads of this
+    process from training any: they would draw from the same random numbers.
+    """
+    _, index = read_workers()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not TRAINING_LOCK.acquire(blocking=False):
+        raise SettingsError("this process is training another run")
+    try:
+        with filelock.FileLock(folder / f".lock-{index}", blocking=False):
+            yield
+    except filelock.Timeout:
+        raise SettingsError(f"another process is training the run of {folder}") from None
+    finally:
+        TRAINING_LOCK.release()
+
+
+class Checkpoint(NamedTuple):
+    """What a run resumes from, read from a file."""
+
+    config: dict[str, dict[str, Any]]  # see make_config()
+    losses: np.ndarray  # of all steps, float32
+    previews: dict[int, float]  # losses of the previews, by step
+    arrays: dict[str, np.ndarray]  # weights and moments, by the paths of their variables
+
+
+def load_checkpoint(log_folder):
+    """Return the newest checkpoint that is usable, or None for a new run."""
+    paths = list_checkpoints(log_folder)
+    for path in reversed(paths):
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+            config = json.loads(str(arrays.pop("config")))
+            # The defaults stand in for settings that have been added to the script since.
+            config["settings"] = Settings().model_dump(mode="json") | config["settings"]
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise ValueError("not all numbers are finite")
+            losses = arrays.pop("losses")
+            if losses.dtype != np.float32 or path != path_of_checkpoint(log_folder, len(losses)):
+                raise ValueError("its losses are not those of the steps")
+            previews = {int(step): loss for step, loss in arrays.pop("previews")}
+            return Checkpoint(config, losses, previews, arrays)
+        except MemoryError:
+            raise
+        except Exception as error:  # NumPy raises many errors for damaged files
+            print(f"warning  {path} is damaged, and skipped: {error!r}")
+    if paths:
+        raise RunError(f"no checkpoint in {log_folder} is usable: use another --run-name")
+    return None
+
+
+def path_of_checkpoint(log_folder, step):
+    """Return the path of the checkpoint of a step."""
+    return log_folder / "checkpoints" / f"step_{step:012}.npz"
+
+
+def list_checkpoints(log_folder):
+    """Return the paths of a run's checkpoints in order; other files are left alone."""
+    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
+
+
+def read_weights(settings, image_shape):
+    """Return the weights of --weights by name; nothing without it, or if the file is gone and the
+    run has a checkpoint. They must be those of a model of this run.
+    """
+    path = settings.weights
+    if not path or (not path.exists() and list_checkpoints(settings.log_folder)):
+        return {}
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except Exception as error:  # Keras raises many errors for damaged files
+        raise SettingsError(f"--weights {path} is missing or damaged: {error}") from error
+    # A model of this run, made only for its shapes: a bad file is to be refused before anything is
+    # written, and the names in the model to come are to start over.
+    own_model = build_autoencoder(image_shape, settings)
+    keras.utils.clear_session()
+    weights = {variable.path: variable.numpy() for variable in model.variables}
+    difference = compare_shapes(weights, own_model.variables)
+    if difference:
+        raise SettingsError(
+            f"--weights has a model of other shapes: {difference} (see --depth, --latent-dim,"
+            " FILTERS and the images)"
+        )
+    return weights
+
+
+def compare_shapes(arrays, variables):
+    """Return how arrays first differ from the variables that they are for, or ""."""
+    given = {path: array.shape for path, array in arrays.items()}
+    needed = {variable.path: tuple(variable.shape) for variable in variables}
+    for name, _ in sorted(given.items() ^ needed.items()):
+        return f"{name} is {given.get(name)}, and here {needed.get(name)}"
+    return ""
+
+
+def assign(variables, arrays):
+    """Give variables the values that a dictionary of arrays has for their paths, if any."""
+    for variable in variables:
+        if variable.path in arrays:
+            variable.assign(arrays[variable.path])
+
+
+# Settings that may differ when a run resumes: names, places, intervals, and how far it trains.
+# Files are compared by their content. A setting that is added belongs here if no number depends on
+# it.
+FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
+FREE |= {"steps", "sample_every", "checkpoint_every"}
+
+
+def make_config(settings, data, weights):
+    """Return all that determines a run's numbers, in four sections, which are compared differently:
+    see compare_configs().
+    """
+    config = {
+        "settings": settings.model_dump(mode="json"),
+        "model": {
+            "filters": list(FILTERS[: settings.depth]),
+            "preparation": list(data.preparation),
+        },
+        "checksums": {
+            "images": data.checksum,
+            "test images": zlib.crc32(data.test_rows),  # which of the images they are
+            "labels": zlib.crc32(data.labels[data.test_rows]),
+        },
+        "machine": {  # what only last digits depend on
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+            "devices": list_devices(),
+            "threads": tf.config.threading.get_intra_op_parallelism_threads(),
+            "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
+        },
+    }
+    config["settings"]["initializer"] = name_initializer(data.image_shape, settings)
+    if settings.schedule == "cosine":  # its rates depend on the steps
+        config["model"]["steps of the schedule"] = settings.steps
+    if weights:
+        content = b"".join(map(np.ndarray.tobytes, weights.values()))
+        config["checksums"]["weights"] = zlib.crc32(content)
+    return config
+
+
+def agree_on_config(settings, config, checkpoint):
+    """Return the configuration of the run, once it is found to be that of its checkpoint, if there
+    is one, and of the other workers, if there are any. The first worker writes it to config.json.
+    """
+    if checkpoint:
+        before = checkpoint.config
+        compare_configs(before, config, FREE)
+        for section, values in config.items():  # without the file of --weights, its checksum stays
+            config[section] = before[section] | values
+    done = len(checkpoint.losses) if checkpoint else 0
+    if done > settings.steps:
+        raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
+    path = settings.log_folder / "config.json"
+    write_json(path, config)
+    if not all_workers_agree(done):  # once the file is written, since it waits for all of them
+        raise RunError(f"workers find different checkpoints: is {settings.log_dir} shared?")
+    if not is_chief():
+        try:
+            written = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
+        compare_configs(written, config)
+    return config
+
+
+def compare_configs(before, now, free=frozenset()):
+    """Compare a configuration with that of the run, which may be another worker's. A difference is
+    refused, but in the machine, where a warning is enough, and in settings that are free.
+    """
+    for section, values in now.items():
+        for name, value in values.items():
+            old = before[section].get(name)
+            if value == old or (section == "settings" and name in free):
+                continue
+            message = f"the run has {name} {old}, but here it is {value}"
+            if section == "machine":
+                print(f"warning  {message}: numbers may differ")
+                continue
+            if section == "checksums":
+                message = f"the {name} are not those of the run"
+            raise SettingsError(f"{message}: use what it was started with, or another --run-name")
+
+
 class State:
     """What a checkpoint holds: the configuration, all variables, the losses of all steps, and those
     of the previews.
@@ -1143,20 +1353,18 @@ class State:
                 other.unlink()
 
     def restore(self, checkpoint):
-        """Take over a checkpoint, if any: of the same layers, and the same one in all workers."""
-        if checkpoint:
-            for variable in self.variables:
-                array = checkpoint.get(variable.path, np.empty(0))
-                if (array.shape, array.dtype) != (tuple(variable.shape), variable.dtype):
-                    raise SettingsError(
-                        f"the layers in train_ae.py are not those of the run ({variable.path}):"
-                        " undo the edit, or use another --run-name"
-                    )
-            assign(self.variables, checkpoint)
-            self.losses = checkpoint["losses"]
-            self.previews = checkpoint["previews"]
-        if not all_workers_agree(self.step):
-            raise RunError(f"workers find different checkpoints: is {self.log_folder} shared?")
+        """Take over a checkpoint, if there is one: of the same layers, and the same optimizer."""
+        if not checkpoint:
+            return
+        difference = compare_shapes(checkpoint.arrays, self.variables)
+        if difference:
+            raise SettingsError(
+                f"the layers or the optimizer in train_ae.py are not those of the run: {difference}"
+                " (undo the edit, or use another --run-name)"
+            )
+        assign(self.variables, checkpoint.arrays)
+        self.losses = checkpoint.losses
+        self.previews = checkpoint.previews
 
 
 def check_finite(values, step):
@@ -1166,166 +1374,6 @@ def check_finite(values, step):
             f"loss or weights not finite by step {step:,}: use a lower --learning-rate, and another"
             " --run-name"
         )
-
-
-def load_checkpoint(log_folder):
-    """Return the newest usable checkpoint, a dictionary; an empty one for a new run."""
-    paths = list_checkpoints(log_folder)
-    for path in reversed(paths):
-        try:
-            with np.load(path) as file:
-                checkpoint = dict(file)
-            config = json.loads(str(checkpoint.pop("config")))
-            if not all(np.isfinite(array).all() for array in checkpoint.values()):
-                raise ValueError("not all numbers are finite")
-            losses = checkpoint["losses"]
-            if losses.dtype != np.float32 or path != path_of_checkpoint(log_folder, len(losses)):
-                raise ValueError("its losses are not those of the steps")
-            previews = {int(step): loss for step, loss in checkpoint["previews"]}
-            return checkpoint | {"config": config, "previews": previews}
-        except Exception as error:  # NumPy raises many errors for damaged files
-            print(f"warning  {path} is damaged, and skipped: {error!r}")
-    if paths:
-        raise RunError(f"no checkpoint in {log_folder} is usable: use another --run-name")
-    return {}
-
-
-def path_of_checkpoint(log_folder, step):
-    """Return the path of the checkpoint of a step."""
-    return log_folder / "checkpoints" / f"step_{step:012}.npz"
-
-
-def list_checkpoints(log_folder):
-    """Return the paths of a run's checkpoints in order; other files are left alone."""
-    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
-
-
-TRAINING_LOCK = threading.Lock()  # held by the thread that trains
-
-
-@contextlib.contextmanager
-def lock(folder):
-    """Keep other processes from training this run, for a `with` block, and other threads of this
-    process from training any: they would draw from the same random numbers.
-    """
-    _, index = read_workers()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not TRAINING_LOCK.acquire(blocking=False):
-        raise SettingsError("this process is training another run")
-    try:
-        with filelock.FileLock(folder / f".lock-{index}", blocking=False):
-            yield
-    except filelock.Timeout:
-        raise SettingsError(f"another process is training the run of {folder}") from None
-    finally:
-        TRAINING_LOCK.release()
-
-
-def read_weights(settings, image_shape):
-    """Return the weights of --weights by name; nothing without it, or if the file is gone and the
-    run has a checkpoint. They must be those of a model of this run.
-    """
-    path = settings.weights
-    if not path or (not path.exists() and list_checkpoints(settings.log_folder)):
-        return {}
-    try:
-        model = keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras raises many errors for damaged files
-        raise SettingsError(f"--weights {path} is missing or damaged: {error}") from error
-    # A model of this run, made only for its shapes: a bad file is to be refused before anything is
-    # written, and the names in the model to come are to start over.
-    own_model = build_autoencoder(image_shape, settings)
-    keras.utils.clear_session()
-    given = {variable.path: tuple(variable.shape) for variable in model.variables}
-    needed = {variable.path: tuple(variable.shape) for variable in own_model.variables}
-    if given != needed:
-        name = min(dict(given.items() ^ needed.items()))  # the first one that differs
-        raise SettingsError(
-            f"--weights has a model of other shapes: {name} is {given.get(name)}, and here"
-            f" {needed.get(name)} (see --depth, --latent-dim, FILTERS and the images)"
-        )
-    return {variable.path: variable.numpy() for variable in model.variables}
-
-
-def assign(variables, arrays):
-    """Give those variables their values whose paths are in a dictionary of arrays."""
-    for variable in variables:
-        if variable.path in arrays:
-            variable.assign(arrays[variable.path])
-
-
-# Settings and facts that may differ when a run resumes. All others must be equal: a setting that is
-# added belongs here if no number depends on it. Workers must be equal in these, too.
-
-# Names, places and intervals; contents are compared by checksum, and steps may only grow.
-FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
-FREE |= {"steps", "sample_every", "checkpoint_every"}
-# What only last digits depend on: a warning is enough.
-MACHINE = {"tensorflow", "keras", "onednn", "devices", "threads", "replicas"}
-
-
-def make_config(settings, data, weights):
-    """Return the settings, and what else determines a run's numbers."""
-    config = settings.model_dump(mode="json") | {
-        "initializer": name_initializer(data.image_shape, settings),
-        "FILTERS": list(FILTERS),
-        "preparation": list(data.preparation),
-        "checksum of images": data.checksum,
-        "checksum of test images": zlib.crc32(data.test_rows),  # which of the images they are
-        "checksum of labels": zlib.crc32(data.labels[data.test_rows]),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
-        "devices": list_devices(),
-        "threads": tf.config.threading.get_intra_op_parallelism_threads(),
-        "replicas": tf.distribute.get_strategy().num_replicas_in_sync,
-    }
-    if settings.schedule == "cosine":  # its rates depend on the steps
-        config["steps of the schedule"] = settings.steps
-    if weights:
-        content = b"".join(map(np.ndarray.tobytes, weights.values()))
-        config["checksum of weights"] = zlib.crc32(content)
-    return config
-
-
-def agree_on_config(settings, config, checkpoint):
-    """Return the configuration of the run, and write it to config.json, once it is found to be that
-    of its checkpoint, if it has one, and that of all workers.
-    """
-    if checkpoint:
-        # The defaults stand in for settings that have been added to the script since.
-        before = Settings().model_dump(mode="json") | checkpoint["config"]
-        compare_configs(before, config, FREE)
-        done = len(checkpoint["losses"])
-        if done > settings.steps:
-            raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
-        config = before | config
-    path = settings.log_folder / "config.json"
-    write_json(path, config)
-    wait_for_workers()
-    # Now, since workers that build other models would hang.
-    if not is_chief():
-        try:
-            written = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
-        compare_configs(written, config)
-    return config
-
-
-def compare_configs(before, now, free=frozenset()):
-    """Raise SettingsError for what differs and is not free to; warn of what is in MACHINE."""
-    for name, value in now.items():
-        old = before.get(name)
-        if name in free or value == old:
-            continue
-        message = f"the run has {name} {old}, but now it is {value}"
-        if name in MACHINE:
-            print(f"warning  {message}: numbers may differ")
-            continue
-        if name.startswith("checksum"):
-            message = f"the {name.removeprefix('checksum of ')} are not those of the run"
-        raise SettingsError(f"{message}: use what it was started with, or another --run-name")
 
 
 def keep_script(path, is_new):
@@ -1356,9 +1404,10 @@ class Evaluation(NamedTuple):
     psnr: tf.Tensor  # in dB, at most 100
 
 
-def compile_evaluation(
-    autoencoder: keras.Model,
-) -> Callable[[tf.Tensor, tf.Tensor], Evaluation]:
+Evaluate = Callable[[tf.Tensor, tf.Tensor], Evaluation]
+
+
+def compile_evaluation(autoencoder: keras.Model) -> Evaluate:
     """Return a function of images and inputs, which are the same images, or noisy ones: both
     (batch, height, width, channels) float32 in [0, 1].
     """
@@ -1380,20 +1429,27 @@ def compile_evaluation(
 
 
 def compute_metrics(
-    evaluate: Callable[[tf.Tensor, tf.Tensor], Evaluation],
+    evaluate: Evaluate,
     data: Data,
+    folder: Path | None = None,
     noise: float = 0.0,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the mean metrics of all test images, and the contents of latents.npz: the latent and
-    the error of each, with labels, class names and file names.
+    the error of each, with labels, class names and file names. Latents may be larger than memory:
+    they are mapped from a nameless file in `folder`, by default the system's.
     """
     results = []
     batches = batch_rows(data.test_rows, data.images)
-    for number, rows in enumerate(make_bar(batches, "testing", delay=2), start=1):
-        images = data.prepare(rows)
-        result = evaluate(images, add_noise(images, noise, seed, -number))
-        results.append(result._replace(outputs=None))  # they would take much memory
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for number, rows in enumerate(make_bar(batches, "testing", delay=2), start=1):
+            images = data.prepare(rows)
+            result = evaluate(images, add_noise(images, noise, seed, -number))
+            file.write(result.latents.numpy())
+            results.append(result._replace(outputs=None, latents=None))
+        file.flush()
+        shape = (len(data.test_rows), *result.latents.shape[1:])
+        latents = np.memmap(file, np.float32, "r", shape=shape)
     losses = [result.loss for result in results]
     errors = np.concatenate([result.errors for result in results])
     psnr = np.concatenate([result.psnr for result in results])
@@ -1403,7 +1459,7 @@ def compute_metrics(
         "psnr": float(psnr.mean()),
     }
     arrays = {
-        "latents": np.concatenate([result.latents for result in results]),
+        "latents": latents,
         "errors": errors,
         "labels": data.labels[data.test_rows],
         "classes": data.classes,
@@ -1413,7 +1469,9 @@ def compute_metrics(
 
 
 def compute_mean_image_loss(data):
-    """Return the test loss of the mean training image: what a model that learns has to beat."""
+    """Return the test loss of the mean of the training images, or of evenly chosen ones if they
+    are many: what a model that learns has to beat.
+    """
     size = len(data.train_rows) * data.images[0].nbytes
     rows = data.train_rows[:: math.ceil(size / 100_000_000)]  # more would take much memory
     mean_image = prepare(data.images[rows].mean(axis=0, dtype=float), data.preparation)
@@ -1485,7 +1543,7 @@ def draw_grid(rows, titles):
     above it at equal distances.
     """
     pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
-    zoom = max(1, 100 // max(pixels.shape[2:4]))  # small images are enlarged to 100 pixels
+    zoom = max(1, 100 // max(pixels.shape[2:4]))  # to at most 100 pixels
     # Before and after each axis: rows, images, height, width, channels.
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
@@ -1597,7 +1655,8 @@ def write_atomically(path, save):
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1605,13 +1664,13 @@ def write_atomically(path, save):
 
 
 def configure_tensorflow(settings):
-    """Set threads and GPU memory; this must come before TensorFlow creates its devices."""
+    """Set threads and GPU memory, before TensorFlow creates its devices; forget earlier models."""
     tf.get_logger().setLevel("ERROR")  # no warnings about retracing
     keras.utils.clear_session()  # automatic names, which checkpoints contain, start over
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
-    is_small = settings.batch_size == 1 and not is_large_step(settings)
+    is_small = settings.batch_size == 1 and not onednn_pays(settings)
     threads = 1 if is_small else os.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
@@ -1669,13 +1728,10 @@ def is_chief():
     return index == 0
 
 
-def wait_for_workers():
-    """Return once all workers have called this; TensorFlow raises an OpError if one has ended."""
-    all_workers_agree(0)  # which waits for the numbers of the others
-
-
 def all_workers_agree(number):
-    """Return whether all workers call this with the same number, once all of them have."""
+    """Return whether all workers call this with the same number, once all of them have. TensorFlow
+    raises an OpError if one has ended.
+    """
     strategy = tf.distribute.get_strategy()
     one_per_replica = strategy.run(lambda: tf.constant([number]))
     return len(np.unique(strategy.gather(one_per_replica, axis=0))) == 1
@@ -1733,6 +1789,7 @@ def print_overview(settings, data, state):
     height, width, channels = data.image_shape
     train_count = len(data.train_rows)
     names = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
+    names = names or "no labels"
     initial = f"{name_initializer(data.image_shape, settings)} initial weights"
     epochs = settings.steps * settings.batch_size / train_count
     print("device  ", ", ".join(list_devices()))

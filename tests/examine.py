@@ -36,7 +36,7 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", action="store_true")
     arguments = parser.parse_args()
     try:  # last digits depend on it, and TensorFlow reads it when it is imported
-        onednn = read_config(arguments.run)["onednn"]
+        onednn = read_config(arguments.run)["machine"]["onednn"]
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{arguments.run} is no folder of a run: {error}")
     if onednn != "default":
@@ -137,14 +137,13 @@ def open_run(run, dataset=None):
     """
     config = read_config(run)
     model = keras.models.load_model(run / "autoencoder.keras")
-    config |= {"run_name": run.resolve().name, "dataset": dataset or config["dataset"]}
-    names = train_ae.Settings.model_fields.keys() & config.keys()
-    settings = train_ae.Settings(**{name: config[name] for name in names})
+    values = config["settings"] | {"run_name": run.resolve().name}
+    settings = train_ae.Settings(**values | ({"dataset": dataset} if dataset else {}))
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings)
     if dataset:
-        data = prepare_as(config["preparation"], data)
-    if not dataset and data.checksum != config["checksum of images"]:
+        data = prepare_as(config["model"]["preparation"], data)
+    if not dataset and data.checksum != config["checksums"]["images"]:
         raise train_ae.SettingsError(f"{run} was tested on other images than {settings.dataset}")
     found = "x".join(map(str, data.image_shape))
     needed = "x".join(map(str, model.input_shape[1:]))
@@ -217,7 +216,7 @@ def examine_set(run, dataset, with_pictures=False):
     """Print and write what a run's model makes of all images of a set."""
     settings, data, model = open_run(run, dataset)
     evaluate = train_ae.compile_evaluation(model)
-    metrics, arrays = train_ae.compute_metrics(evaluate, data)
+    metrics, arrays = train_ae.compute_metrics(evaluate, data, run)
     print_table(metrics)
     errors = arrays["errors"]
     for index, name in enumerate(data.classes):

@@ -137,7 +137,7 @@ def test_another_number_of_workers_resumes(arguments, one, two, tmp_path):
     run = Finished(tmp_path)
     run.checkpoints()[60].unlink()
     status, _, output = Job(tmp_path, *arguments, **CPU).end()
-    assert (status, "warning  the run has replicas 2, but now it is 1" in output) == (0, True)
+    assert (status, "warning  the run has replicas 2, but here it is 1" in output) == (0, True)
     np.testing.assert_allclose(run.losses(), one.losses(), rtol=1e-5)
 
 

@@ -241,7 +241,7 @@ def test_pictures_that_the_model_cannot_take_are_refused(run):
         "mnist_5k": ("pictures", "has colours"),
         "pictures": ("mnist_5k", "has images of 28x28x3, and the model takes 8x4x3"),
     }
-    other, said = others[run.json("config")["dataset"]]
+    other, said = others[run.json("config")["settings"]["dataset"]]
     with pytest.raises(train_ae.SettingsError, match=said):
         examine.examine_set(run.logs, other)
 

@@ -120,7 +120,7 @@ sys.exit(matplotlib.rcParams != before)
     words = [*tiny, "--run-name=x", "--steps=1"]
     process = helpers.call(*words, script=tmp_path / "own.py", cwd=tmp_path, **quiet)
     assert (process.returncode, helpers.said(process.stderr)) == (0, [])
-    assert helpers.Finished(tmp_path).json("config")["onednn"] == "default"
+    assert helpers.Finished(tmp_path).json("config")["machine"]["onednn"] == "default"
 
 
 def test_help_gives_every_option_with_its_default_before_tensorflow(start):
