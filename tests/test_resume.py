@@ -267,12 +267,13 @@ def test_other_images_or_labels_are_refused(job, refuse):
     np.savez("a.npz", x_train=images, y_train=labels)
     command = "--run-name x --steps 1 --dataset a.npz"
     job(command)
-    others = {
-        "images": {"x_train": images[::-1]},
-        "labels": {"x_train": images, "y_train": labels[::-1]},
-        "test images": {"x_train": images[:15], "x_test": images[15:]},
-    }
-    for name, arrays in others.items():
+    others = [
+        ("images", {"x_train": images[::-1]}),
+        ("images", {"x_train": images.reshape(30, 2, 8)}),
+        ("labels", {"x_train": images, "y_train": labels[::-1]}),
+        ("test images", {"x_train": images[:15], "x_test": images[15:]}),
+    ]
+    for name, arrays in others:
         np.savez("a.npz", **arrays)
         refuse(f"the {name} are not those of the run", command)
 
@@ -298,6 +299,7 @@ EDITS = [
     ("    tied: bool", NEW, 0, r"\n\+ .*new"),  # its default stands in
     ("= (16, 32,", "= (8, 32,", 2, " filters .16., .* .8.:"),
     ('"kernel_size": 3', '"kernel_size": 5', 2, "the layers or the optimizer in train_ae.py"),
+    ('"strides": 2', '"strides": 2, "use_bias": False', 2, "conv1/bias is .*, and here None"),
 ]
 
 
