@@ -1219,7 +1219,8 @@ def compare_shapes(arrays, variables):
     given = {path: array.shape for path, array in arrays.items()}
     needed = {variable.path: tuple(variable.shape) for variable in variables}
     for name, _ in sorted(given.items() ^ needed.items()):
-        return f"{name} is {given.get(name)}, and here {needed.get(name)}"
+        none = "missing"
+        return f"{name} is {given.get(name, none)}, and here {needed.get(name, none)}"
     return ""
 
 
@@ -1551,11 +1552,13 @@ def draw_grid(rows, titles):
     grid = Image.fromarray(pasted.squeeze())  # Pillow has no axis for a single channel
     grid = ImageOps.scale(grid, zoom, Image.Resampling.NEAREST)
     color = (BACKGROUND,) * len(grid.getbands())
-    grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, 0, 0), color)
-    pen = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=16)
+    distance = grid.width / len(titles)
+    missing = max(0, math.ceil(12 + font.getlength(titles[-1]) - distance))  # for the last title
+    grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, missing, 0), color)
+    pen = ImageDraw.Draw(grid)
     for number, title in enumerate(titles):
-        corner = (6 + number * grid.width / len(titles), TITLE_HEIGHT // 2)
+        corner = (6 + number * distance, TITLE_HEIGHT // 2)
         pen.text(corner, title, "white", font, anchor="lm")
     return grid
 
@@ -1606,7 +1609,7 @@ def draw_summary(path, state):
     axes = Figure(figsize=(9, 5)).subplots()
     parts = np.array_split(state.losses, min(state.step, 100))
     ends = np.cumsum([len(part) for part in parts])
-    axes.semilogy(ends, [part.mean() for part in parts], label="loss")
+    axes.semilogy(ends, [part.mean() for part in parts], label="training")
     axes.semilogy(list(state.previews), list(state.previews.values()), label="preview")
     axes.set(xlabel="step", title="reconstruction loss")
     axes.minorticks_off()
@@ -1818,7 +1821,7 @@ def print_results(settings, data, metrics):
         f" PSNR {metrics['psnr']:.1f} dB, on {len(data.test_rows):,} test images"
     )
     if loss >= mean_image_loss:
-        print("warning  the model is no better than one constant picture: it has learned nothing")
+        print("warning  the model is no better than one constant picture: train it longer")
     names = "training.gif, summary.png, worst.png, step_….png"
     print(f"pictures {settings.sample_folder}: {names}")
     print(f"model    {settings.log_folder / 'autoencoder.keras'}")

@@ -9,7 +9,8 @@ latents.png, and a table is printed.
 
 SET is what --dataset takes: a folder, an array file or the name of a TFDS dataset. Its images are
 prepared as those of the run were. logs/RUN/examined/SET.npz gets their latents and errors, and
-samples/RUN/examined/SET/ the worst ones, and the reconstructions under the names of the pictures.
+samples/RUN/examined/ the worst ones, and in SET/ the reconstructions under the names of the
+pictures.
 """
 
 import argparse
@@ -162,6 +163,7 @@ def prepare_as(values, data):
         raise train_ae.SettingsError("the set has colours, and the images of the run have none")
     if data.preparation[:2] != preparation[:2]:
         print("values   {:.9g} to {:.9g} become 0 to 1, as in the run".format(*values))
+    print(f"test     on all {len(data.images):,} images instead")
     return data._replace(preparation=preparation, test_rows=np.arange(len(data.images)))
 
 
@@ -189,7 +191,9 @@ def draw_latents(panels, labels, classes, path):
 
 def examine_run(run):
     """Print the metrics of a run, and draw its first 1,000 test images and their latents."""
-    saved = np.load(run / "latents.npz")  # first: a run that goes on has none yet
+    if not (run / "latents.npz").exists():
+        raise train_ae.SettingsError(f"{run} has no latents.npz, as finished runs have")
+    saved = np.load(run / "latents.npz")
     settings, data, model = open_run(run)
     table = measure(model, settings, data)
     latents = saved["latents"].reshape(len(data.test_rows), -1)
@@ -198,7 +202,7 @@ def examine_run(run):
     if math.prod(data.image_shape) <= 4096:  # more would take minutes
         components = image_components(data.prepare(data.train_rows), data.prepare(data.test_rows))
         rest = np.square(components[:, size:])
-        table["squared error of PCA of that size"] = rest.sum(axis=1).mean()
+        table[f"squared error of PCA with {size} numbers"] = rest.sum(axis=1).mean()
         panels["images: the first two principal components"] = components[:1000]
     else:
         print("no PCA, as the images have more than 4,096 values")
@@ -231,7 +235,7 @@ def examine_set(run, dataset, with_pictures=False):
     path = run / "examined" / f"{name}.npz"
     train_ae.write_arrays(path, arrays)
     folder = settings.sample_folder / "examined" / name
-    train_ae.draw_worst(folder / "worst.png", evaluate, data, errors)
+    train_ae.draw_worst(folder.with_name(f"{name}-worst.png"), evaluate, data, errors)
     if with_pictures:
         save_pictures(folder, evaluate, data)
     print(f"{path} and {folder}")

@@ -130,7 +130,7 @@ def test_examine_prints_and_draws_what_independent_code_finds(run, figure, capsy
         "test loss": metrics["test_loss"],
         "PSNR (dB) of noisy inputs": examine.psnr(run.images, add_noise(run.images)),
         "PSNR (dB) from noisy inputs": metrics["noisy_psnr"],
-        "squared error of PCA of that size": np.square(rest).sum() / len(test),
+        f"squared error of PCA with {latents.shape[1]} numbers": np.square(rest).sum() / len(test),
     }
     for line in re.findall(r"^.{40} *[0-9.]+$", output, re.MULTILINE):
         name = line[:40].strip()
@@ -216,7 +216,7 @@ def test_another_set_is_prepared_as_in_training_to_the_bit(size, mine, run_here,
         assert f"{title:40} {own.mean():9.4f}" in lines
 
     pictures = run.samples / "examined/test"
-    assert (pictures / "worst.png").is_file()
+    assert (run.samples / "examined/test-worst.png").is_file()
     outputs = run.model().get_layer("decoder")(found["latents"]).numpy()
     for file, output in zip(found["files"], outputs.clip(0, 1), strict=True):
         drawn = Image.open(pictures / file)

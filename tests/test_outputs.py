@@ -216,7 +216,7 @@ def test_first_lines_and_a_warning_of_no_success(run_here, capsys):
         "resume   with the same command and --run-name x",
         'view     tensorboard --logdir "my logs" --samples_per_plugin images=1000',
     ]
-    assert "warning  the model is no better than one constant picture: it has" in lines[-3]
+    assert "warning  the model is no better than one constant picture: train" in lines[-3]
 
 
 def seem_a_terminal():
