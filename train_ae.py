@@ -1455,7 +1455,7 @@ def compute_metrics(
     errors = np.concatenate([result.errors for result in results])
     psnr = np.concatenate([result.psnr for result in results])
     metrics = {
-        "test_loss": float(np.average(losses, weights=[len(rows) for rows in batches])),
+        "test_loss": average(losses, batches),
         "squared_error": float(errors.mean()),
         "psnr": float(psnr.mean()),
     }
@@ -1481,6 +1481,11 @@ def compute_mean_image_loss(data):
     for rows in batches:
         images = data.prepare(rows)
         losses.append(reconstruction_loss(images, tf.broadcast_to(mean_image, images.shape)))
+    return average(losses, batches)
+
+
+def average(losses, batches):
+    """Return the mean loss of all images from that of each batch, which differ in size."""
     return float(np.average(losses, weights=[len(rows) for rows in batches]))
 
 

@@ -118,14 +118,17 @@ def test_values_are_scaled_by_the_range_of_the_set(kind, tmp_path, capsys):
 
 def test_splits_may_differ_in_the_order_of_bytes(tmp_path):
     values = IMAGES * np.uint16(100)
-    arrays = {"x_train": values[:16], "x_test": values[16:].astype(">u2")}
-    assert_allclose(levels(load(save(tmp_path / "x.npz", arrays))), IMAGES, atol=1e-3)
+    swapped = values.astype(">u2")
+    arrays = {"x_train": values[:16], "x_test": swapped[16:]}
+    data = load(save(tmp_path / "x.npz", arrays))
+    assert_allclose(levels(data), IMAGES, atol=1e-3)
 
 
 def test_a_pixel_of_one_channel_is_colour(tmp_path):
     images = IMAGES.repeat(3, axis=-1)
     images[7, 0, 0, 2] ^= 1
-    assert_allclose(levels(load(save(tmp_path / "x.npy", images))), images, atol=1e-3)
+    data = load(save(tmp_path / "x.npy", images))
+    assert_allclose(levels(data), images, atol=1e-3)
 
 
 def spoil(number, value):
@@ -165,7 +168,12 @@ def crop(image):
 
 
 def test_image_size_crops_and_scales(tmp_path):
-    images = [draw(5, 9, 1), draw(11, 7, 1), draw(30, 2, 1), draw(4, 4, 1)]
+    images = [
+        draw(5, 9, 1),
+        draw(11, 7, 1),
+        draw(30, 2, 1),
+        draw(4, 4, 1),
+    ]
     prepare(tmp_path, images, (None, None, 1))
     for number, image in enumerate(images):
         save(tmp_path / f"set/{number}.png", image)
@@ -203,6 +211,7 @@ def test_odd_files_are_counted_with_the_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: Image.fromarray(PHOTO).im)
     frames = {"save_all": True, "append_images": [Image.fromarray(255 - PHOTO)]}
+    deep = tf.io.encode_png(np.uint16(PHOTO) * 16)
     files = [
         ("1.tiff", PHOTO, frames),
         ("2.mpo", PHOTO * 0, frames),
@@ -211,7 +220,7 @@ def test_odd_files_are_counted_with_the_reason(tmp_path, monkeypatch, capsys):
         ("4.png", PHOTO, {"exif": EXIF}),
         ("5.tiff", PHOTO, {"tiffinfo": {254: 1}}),
         ("6.dng", PHOTO, {"tiffinfo": {50706: b"\1\4\0\0"}, "format": "TIFF"}),
-        ("7.png", tf.io.encode_png(np.uint16(PHOTO) * 16).numpy()),
+        ("7.png", deep.numpy()),
         ("8.HEIC", b""),
         ("9.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"),
         ("b.png", IMAGES[0]),
@@ -282,7 +291,8 @@ def test_layouts_of_a_folder(layout, tmp_path, monkeypatch, capsys):
         save(tmp_path / f"{name}.png", IMAGES[number])
     data = load(".")
     assert_array_equal(np.rint(levels(data)), IMAGES[: len(used)])
-    assert data.classes.tolist() == sorted({Path(name).parent.name for name in used})
+    names = {Path(name).parent.name for name in used}
+    assert data.classes.tolist() == sorted(names)
     if tested:
         assert data.files[data.test_rows].tolist() == [f"{name}.png" for name in tested]
     assert (f"splits  {said}\n" in capsys.readouterr().out) == (said != "")
@@ -322,13 +332,15 @@ def save_idx(folder, ending, name=""):
 
 
 def test_folder_in_mnists_own_format(tmp_path):
-    for name, ending in [("plain", ""), ("both", ".gz"), ("both", "")]:
+    endings = [("plain", ""), ("both", ".gz"), ("both", "")]
+    for name, ending in endings:
         folder = tmp_path / name
         save_idx(folder, ending)
         data = load(folder)
         assert_array_equal(data.images, IMAGES)
         assert_array_equal(data.test_rows, range(16, 20))
-        assert_array_equal(data.classes[data.labels], IMAGES[:, 0, 0, 0].astype(str))
+        names = data.classes[data.labels]
+        assert_array_equal(names, IMAGES[:, 0, 0, 0].astype(str))
     save_idx(folder, "", "letters-")
     with pytest.raises(train_ae.SettingsError, match="several sets: , letters-"):
         load(folder)
@@ -371,7 +383,8 @@ def test_tfds_set_in_several_batches_with_images_of_no_class(tmp_path, capsys):
     data = load("own", data_dir=tmp_path)
     assert_array_equal(data.images, images)
     assert_array_equal(data.test_rows, range(3, 6))
-    assert data.classes[data.labels[3:]].tolist() == ["cat", "", "dog"]
+    names = data.classes[data.labels]
+    assert names[3:].tolist() == ["cat", "", "dog"]
     assert data.files[3:].tolist() == [f"validation/{number}" for number in range(3)]
     assert "splits   train and validation" in capsys.readouterr().out
 
@@ -530,7 +543,10 @@ def limit_memory():
 
 
 @linux
-@pytest.mark.parametrize(("count", "dtype"), [(4000, np.uint8), (1000, np.float32)])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(4000, np.uint8), (1000, np.float32)],
+)
 def test_set_may_be_larger_than_memory(count, dtype, tmp_path):
     path = save(tmp_path / "x.npy", draw(count, 256, 256).astype(dtype))
     words = "--run-name=x --dataset=x.npy --depth=1 --steps=1"

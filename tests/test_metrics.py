@@ -108,7 +108,8 @@ def test_latents_belong_to_labels_and_files(run, digits):
 
 def test_exact_reconstructions_have_a_psnr_of_100(run_here, tmp_path, capsys):
     """Black images of a model that has learned nothing; they are too large for PCA."""
-    train = np.random.default_rng(0).integers(0, 256, (9, 65, 65), np.uint8)
+    draws = np.random.default_rng(0)
+    train = draws.integers(0, 256, (9, 65, 65), np.uint8)
     np.savez(tmp_path / "black.npz", x_train=train, x_test=train * 0)
     run = run_here("--dataset", "black.npz", "--steps", 1, "--learning-rate", 1e-30)
     assert run.json("metrics")["psnr"] == 100
@@ -125,7 +126,8 @@ def test_examine_prints_and_draws_what_independent_code_finds(run, figure, capsy
     latents = run.saved["latents"]
     rest = components[:, latents.shape[1] :]
     metrics = run.json("metrics")
-    expected = examine.compare(run.images, np.clip(run.model(run.images), 0, 1))
+    outputs = run.model(run.images)
+    expected = examine.compare(run.images, np.clip(outputs, 0, 1))
     expected |= {
         "test loss": metrics["test_loss"],
         "PSNR (dB) of noisy inputs": examine.psnr(run.images, add_noise(run.images)),
@@ -181,7 +183,8 @@ def mine(request, tmp_path):
     draws = np.random.default_rng(2)
     exif = Image.Exif()
     exif[0x0112] = 6
-    for split, low, high in [("train", 0, 256), ("test", 50, 200)]:
+    splits = [("train", 0, 256), ("test", 50, 200)]
+    for split, low, high in splits:
         for index in range(6):
             values = draws.integers(low, high, (6, 8, 2), np.uint8)
             folder = tmp_path / "mine" / split
@@ -218,7 +221,8 @@ def test_another_set_is_prepared_as_in_training_to_the_bit(size, mine, run_here,
     pictures = run.samples / "examined/test"
     assert (run.samples / "examined/test-worst.png").is_file()
     outputs = run.model().get_layer("decoder")(found["latents"]).numpy()
-    for file, output in zip(found["files"], outputs.clip(0, 1), strict=True):
+    outputs = outputs.clip(0, 1)
+    for file, output in zip(found["files"], outputs, strict=True):
         drawn = Image.open(pictures / file)
         assert_allclose(drawn, 255 * output.squeeze(), atol=0.51)
 
@@ -228,7 +232,8 @@ def test_readmes_code_prepares_pictures_as_in_training(mine, run_here, tmp_path)
     code = re.search("```python\n(import json.*?)```", readme, re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line]) <= 8
     (tmp_path / "new-pictures").symlink_to("mine/test")
-    run = run_here("--dataset", mine, "--depth", 1, "--steps", 2, "--image-size", 5, name="RUN")
+    options = "--depth 1 --steps 2 --image-size 5"
+    run = run_here("--dataset", mine, *options.split(), name="RUN")
     names = {}
     exec(code, names)
     expected = run.latents()

@@ -38,7 +38,8 @@ def test_default_run_reaches_the_test_loss_that_the_readme_promises(default_run,
 def test_default_run_trains_one_image_a_step_at_the_articles_rate(default_run):
     config = default_run.json("config")
     settings = {"batch_size": 1, "learning_rate": 0.001, "initializer": "article"}
-    for section, chosen in [("settings", settings), ("machine", {"onednn": "0", "threads": 1})]:
+    machine = {"onednn": "0", "threads": 1}
+    for section, chosen in [("settings", settings), ("machine", machine)]:
         assert config[section] == config[section] | chosen
 
 
@@ -118,7 +119,8 @@ def test_reference_run_says_nothing_of_the_machine_that_made_it():
 
 def test_a_profiler_runs_the_script(tiny, tmp_path):
     words = [helpers.SCRIPT, *tiny, "--steps=2"]
-    status, errors, output = helpers.Job(tmp_path, *words, script=cProfile.__file__).end()
+    job = helpers.Job(tmp_path, *words, script=cProfile.__file__)
+    status, errors, output = job.end()
     assert (status, errors) == (0, [])
     assert re.search("^model .*\n +[0-9]+ function calls", output, re.MULTILINE)
 
@@ -183,7 +185,8 @@ def test_an_edited_script_trains_with_everything_on_and_resumes(name, tmp_path, 
 
     def run(name, steps):
         words = f"--tied --latent-dim 5 --sample-every 10 --run-name {name} --steps {steps}"
-        status, errors, _ = helpers.Job(tmp_path, *words.split(), script=script).end()
+        job = helpers.Job(tmp_path, *words.split(), script=script)
+        status, errors, _ = job.end()
         assert (status, errors) == (0, [])
         return helpers.Finished(tmp_path, name)
 
