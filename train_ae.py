@@ -524,7 +524,8 @@ def batch_indices(step, batch_size, count, seed):
 def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
     """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
     low, high, channels = preparation
-    if images.shape[-1] != channels:  # three equal ones become one; in tests/examine.py, one three
+    # Of three equal channels, one is taken; tests/examine.py may need three of one.
+    if images.shape[-1] != channels:
         images = tf.gather(images, [0] * channels, axis=-1)
     # A quotient would have other last digits in a compiled function.
     scaled = (tf.cast(images, tf.float32) - low) * (1 / (high - low))
@@ -1218,10 +1219,11 @@ def compare_shapes(arrays, variables):
     """Return how arrays first differ from the variables that they are for, or ""."""
     given = {path: array.shape for path, array in arrays.items()}
     needed = {variable.path: tuple(variable.shape) for variable in variables}
-    for name, _ in sorted(given.items() ^ needed.items()):
-        none = "missing"
-        return f"{name} is {given.get(name, none)}, and here {needed.get(name, none)}"
-    return ""
+    differences = sorted(given.items() ^ needed.items())
+    if not differences:
+        return ""
+    name, _ = differences[0]
+    return f"{name} is {given.get(name, 'missing')}, and here {needed.get(name, 'missing')}"
 
 
 def assign(variables, arrays):
@@ -1559,8 +1561,8 @@ def draw_grid(rows, titles):
     color = (BACKGROUND,) * len(grid.getbands())
     font = ImageFont.load_default(size=16)
     distance = grid.width / len(titles)
-    missing = max(0, math.ceil(12 + font.getlength(titles[-1]) - distance))  # for the last title
-    grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, missing, 0), color)
+    more = max(0, math.ceil(12 + font.getlength(titles[-1]) - distance))  # for the last title
+    grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, more, 0), color)
     pen = ImageDraw.Draw(grid)
     for number, title in enumerate(titles):
         corner = (6 + number * distance, TITLE_HEIGHT // 2)
