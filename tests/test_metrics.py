@@ -109,7 +109,11 @@ def test_latents_belong_to_labels_and_files(run, digits):
 def test_exact_reconstructions_have_a_psnr_of_100(run_here, tmp_path, capsys):
     """Black images of a model that has learned nothing; they are too large for PCA."""
     train = np.random.default_rng(0).integers(0, 256, (9, 65, 65), np.uint8)
-    np.savez(tmp_path / "black.npz", x_train=train, x_test=train * 0)
+    np.savez(
+        tmp_path / "black.npz",
+        x_train=train,
+        x_test=train * 0,
+    )
     run = run_here("--dataset", "black.npz", "--steps", 1, "--learning-rate", 1e-30)
     assert run.json("metrics")["psnr"] == 100
     examine.examine_run(run.logs)
