@@ -157,11 +157,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"--{name.replace('_', '-')} {values[name]}: {problem['msg']} ({meaning})")
 
 
-def onednn_pays(settings):
-    """Return whether a step is so large that oneDNN makes it faster, on two EPYC cores."""
+def is_large_step(settings):
+    """Return whether a step is so large that oneDNN and several threads make it faster."""
     size = 28 if settings.dataset in ("mnist_5k", "mnist") else 64  # the images are not read yet
     size = settings.image_size or size
-    return settings.batch_size * size**2 > 40_000  # pixels
+    return settings.batch_size * size**2 > 40_000  # pixels; measured on two EPYC cores
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def onednn_pays(settings):
 onednn = False  # Intel's kernels: on one small image they are four times slower than TensorFlow's
 if __name__ == "__main__":
     command_line_settings = parse_arguments()
-    onednn = onednn_pays(command_line_settings)
+    onednn = is_large_step(command_line_settings)
 
 if "tensorflow" not in sys.modules:  # TensorFlow reads these when it is imported
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", str(int(onednn)))
@@ -211,18 +211,18 @@ def train(settings: Settings) -> dict[str, Any]:
     strategy = make_strategy(settings)
     data = load_data(settings)
     weights = read_weights(settings, data.image_shape)
-    # Input is checked before a run's files are written, workers before they build a model.
+    # All input has been checked: from here on, files are written.
     with strategy.scope(), lock(folder):
-        checkpoint = load_checkpoint(folder)
-        config = agree_on_config(settings, make_config(settings, data, weights), checkpoint)
+        state = State(folder, make_config(settings, data, weights))
+        state.load_checkpoint()
+        share_config(state)
 
         autoencoder = build_autoencoder(data.image_shape, settings)
         assign(autoencoder.variables, weights)
         if settings.tied:
             tie_kernels(autoencoder.trainable_variables)
         optimizer = make_optimizer(autoencoder, settings)
-        state = State(folder, config, autoencoder, optimizer)
-        state.restore(checkpoint)
+        state.attach([*autoencoder.variables, *optimizer.variables])
         keep_script(folder / "train_ae.py", is_new=state.step == 0)
         print_overview(settings, data, state)
 
@@ -271,7 +271,7 @@ def fit(training, state, preview_images, evaluate):
             # The results do not depend on when checkpoints are written.
             is_overdue = time.monotonic() - saved_at > 10  # seconds
             if is_last or is_overdue or state.step % settings.checkpoint_every == 0:
-                state.save()
+                state.save_checkpoint()
                 saved_at = time.monotonic()
 
 
@@ -524,7 +524,7 @@ def batch_indices(step, batch_size, count, seed):
 def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
     """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
     low, high, channels = preparation
-    # Of three equal channels, one is taken; tests/examine.py may need three of one.
+    # Of three equal channels, one is taken; a model of colours may be given grey images.
     if images.shape[-1] != channels:
         images = tf.gather(images, [0] * channels, axis=-1)
     # A quotient would have other last digits in a compiled function.
@@ -581,7 +581,8 @@ def mirror(kernel):
 
 
 ####################################################################################################
-# The method ends here. What follows serves it: data, resuming, results, files, devices.
+# The method ends here. What follows serves it: data, readers, resuming, results, pictures, files,
+# devices, main.
 ####################################################################################################
 
 
@@ -710,11 +711,10 @@ def choose_preparation(settings, images, files):
         raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
     if low == high:
         raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    is_8_bit = images.dtype == np.uint8 and high > 1  # up to 1, it would be masks
-    if is_8_bit:
+    if images.dtype == np.uint8 and high > 1:
         low = 0.0
         high = 255.0
-    else:
+    else:  # floats, or masks of 0 and 1
         print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
         check_precision(settings, images.dtype, low, high)
     check_contrast(low, high, darkest, brightest, files)
@@ -722,11 +722,12 @@ def choose_preparation(settings, images, files):
 
 
 def check_precision(settings, dtype, low, high):
-    """Refuse a range in which the stored images cannot have 256 levels."""
+    """Refuse a range that has fewer than 256 levels as stored, unless they are 0 and 1 of masks."""
+    step = 0
     if dtype == np.float32:
         step = np.spacing(np.float32(max(-low, high)))
-    else:
-        step = 1 if settings.image_size else 0  # masks stay masks unless they are resized
+    elif settings.image_size:  # the greys of a resized mask have been rounded to 0 and 1
+        step = 1
     if step > (high - low) / 255:
         raise SettingsError(
             f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
@@ -823,7 +824,7 @@ def open_arrays(settings, path):
     except MemoryError:
         raise
     except Exception as error:  # NumPy raises many errors for damaged files
-        raise SettingsError(f"{path} is missing or damaged: {error}") from error
+        raise SettingsError(f"{path} cannot be used: {error}") from error
     pairs = {}  # images and labels, by split
     for name in ("train", "test") if "x_test" in arrays else ("train",):
         images = arrays.get(f"x_{name}", np.empty(0))
@@ -896,7 +897,7 @@ def open_folder(settings, folder):
     if folder.resolve() in excluded:
         raise SettingsError(f"runs write into {folder}: use another --log-dir or --sample-dir")
     splits = choose_splits(folder, excluded)
-    jobs = []  # the arguments of read_picture()
+    jobs = []  # for read_picture()
     for split, is_test in splits.items():
         for path in find_files(split, excluded):
             *classes, _ = path.relative_to(split).parts
@@ -1145,41 +1146,6 @@ def lock(folder):
         TRAINING_LOCK.release()
 
 
-class Checkpoint(NamedTuple):
-    """What a run resumes from, read from a file."""
-
-    config: dict[str, dict[str, Any]]  # see make_config()
-    losses: np.ndarray  # of all steps, float32
-    previews: dict[int, float]  # losses of the previews, by step
-    arrays: dict[str, np.ndarray]  # weights and moments, by the paths of their variables
-
-
-def load_checkpoint(log_folder):
-    """Return the newest checkpoint that is usable, or None for a new run."""
-    paths = list_checkpoints(log_folder)
-    for path in reversed(paths):
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-            config = json.loads(str(arrays.pop("config")))
-            # The defaults stand in for settings that have been added to the script since.
-            config["settings"] = Settings().model_dump(mode="json") | config["settings"]
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise ValueError("not all numbers are finite")
-            losses = arrays.pop("losses")
-            if losses.dtype != np.float32 or path != path_of_checkpoint(log_folder, len(losses)):
-                raise ValueError("its losses are not those of the steps")
-            previews = {int(step): loss for step, loss in arrays.pop("previews")}
-            return Checkpoint(config, losses, previews, arrays)
-        except MemoryError:
-            raise
-        except Exception as error:  # NumPy raises many errors for damaged files
-            print(f"warning  {path} is damaged, and skipped: {error!r}")
-    if paths:
-        raise RunError(f"no checkpoint in {log_folder} is usable: use another --run-name")
-    return None
-
-
 def path_of_checkpoint(log_folder, step):
     """Return the path of the checkpoint of a step."""
     return log_folder / "checkpoints" / f"step_{step:012}.npz"
@@ -1246,14 +1212,14 @@ def make_config(settings, data, weights):
     """
     config = {
         "settings": settings.model_dump(mode="json"),
-        "model": {
-            "filters": list(FILTERS[: settings.depth]),
-            "preparation": list(data.preparation),
-        },
         "checksums": {
             "images": data.checksum,
             "test images": zlib.crc32(data.test_rows),  # which of the images they are
             "labels": zlib.crc32(data.labels[data.test_rows]),
+        },
+        "model": {
+            "filters": list(FILTERS[: settings.depth]),
+            "preparation": list(data.preparation),
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,
@@ -1270,31 +1236,6 @@ def make_config(settings, data, weights):
     if weights:
         content = b"".join(map(np.ndarray.tobytes, weights.values()))
         config["checksums"]["weights"] = zlib.crc32(content)
-    return config
-
-
-def agree_on_config(settings, config, checkpoint):
-    """Return the configuration of the run, once it is found to be that of its checkpoint, if there
-    is one, and of the other workers, if there are any. The first worker writes it to config.json.
-    """
-    if checkpoint:
-        before = checkpoint.config
-        compare_configs(before, config, FREE)
-        for section, values in config.items():  # without the file of --weights, its checksum stays
-            config[section] = before[section] | values
-    done = len(checkpoint.losses) if checkpoint else 0
-    if done > settings.steps:
-        raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
-    path = settings.log_folder / "config.json"
-    write_json(path, config)
-    if not all_workers_agree(done):  # once the file is written, since it waits for all of them
-        raise RunError(f"workers find different checkpoints: is {settings.log_dir} shared?")
-    if not is_chief():
-        try:
-            written = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
-        compare_configs(written, config)
     return config
 
 
@@ -1317,28 +1258,83 @@ def compare_configs(before, now, free=frozenset()):
 
 
 class State:
-    """What a checkpoint holds: the configuration, all variables, the losses of all steps, and those
-    of the previews.
+    """What a checkpoint holds: the configuration, weights and moments, the losses of all steps, and
+    those of the previews.
     """
 
-    def __init__(self, log_folder, config, autoencoder, optimizer):
+    def __init__(self, log_folder, config):
         self.log_folder = log_folder
         self.config = config
-        self.variables = [*autoencoder.variables, *optimizer.variables]
         self.losses = np.zeros(0, np.float32)
         self.previews = {}  # losses by step
+        self.arrays = {}  # of a checkpoint: weights and moments by the paths of their variables
+        self.variables = []  # the same, once there is a model
 
     @property
     def step(self):
         """The number of steps done."""
         return len(self.losses)
 
+    def load_checkpoint(self):
+        """Load the newest checkpoint that is usable, if there is any: before the model is made,
+        since those of other settings are refused.
+        """
+        paths = list_checkpoints(self.log_folder)
+        for path in reversed(paths):
+            try:
+                before = self.read_checkpoint(path)
+            except MemoryError:
+                raise
+            except Exception as error:  # NumPy raises many errors for damaged files
+                print(f"warning  {path} is damaged, and skipped: {error!r}")
+                continue
+            compare_configs(before, self.config, FREE)
+            if self.step > self.config["settings"]["steps"]:
+                raise SettingsError(f"the run has {self.step:,} steps: --steps must not be smaller")
+            # Without the file of --weights, its checksum stays.
+            self.config["checksums"] = before["checksums"] | self.config["checksums"]
+            return
+        if paths:
+            raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
+
+    def read_checkpoint(self, path):
+        """Take over losses and arrays of a checkpoint; return its configuration."""
+        with np.load(path) as file:
+            arrays = dict(file)
+        config = json.loads(str(arrays.pop("config")))
+        # The defaults stand in for settings that have been added to the script since.
+        config["settings"] = Settings().model_dump(mode="json") | config["settings"]
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("not all numbers are finite")
+        losses = arrays.pop("losses")
+        if losses.dtype != np.float32 or path != path_of_checkpoint(self.log_folder, len(losses)):
+            raise ValueError("its losses are not those of the steps")
+        self.previews = {int(step): loss for step, loss in arrays.pop("previews")}
+        self.losses = losses
+        self.arrays = arrays
+        return config
+
+    def attach(self, variables):
+        """Give the variables the values of the checkpoint that was loaded, if any; later ones hold
+        them.
+        """
+        self.variables = variables
+        if not self.arrays:
+            return
+        difference = compare_shapes(self.arrays, variables)
+        if difference:
+            raise SettingsError(
+                f"the layers or the optimizer in train_ae.py are not those of the run: {difference}"
+                " (undo the edit, or use another --run-name)"
+            )
+        assign(variables, self.arrays)
+
     def add_losses(self, losses):
         """Add the losses of steps that have been done."""
         self.losses = np.append(self.losses, losses)
         check_finite(losses, self.step)
 
-    def save(self):
+    def save_checkpoint(self):
         """Write a checkpoint, and keep only the last three."""
         arrays = {variable.path: variable.numpy() for variable in self.variables}
         for array in arrays.values():
@@ -1355,19 +1351,19 @@ class State:
             for other in older[:-2]:
                 other.unlink()
 
-    def restore(self, checkpoint):
-        """Take over a checkpoint, if there is one: of the same layers, and the same optimizer."""
-        if not checkpoint:
-            return
-        difference = compare_shapes(checkpoint.arrays, self.variables)
-        if difference:
-            raise SettingsError(
-                f"the layers or the optimizer in train_ae.py are not those of the run: {difference}"
-                " (undo the edit, or use another --run-name)"
-            )
-        assign(self.variables, checkpoint.arrays)
-        self.losses = checkpoint.losses
-        self.previews = checkpoint.previews
+
+def share_config(state):
+    """Write config.json; check that all workers, if there are several, continue the same run."""
+    path = state.log_folder / "config.json"
+    write_json(path, state.config)
+    if not all_workers_agree(state.step):  # waits for all of them, and so for the file
+        raise RunError(f"workers find different checkpoints: is {state.log_folder} shared?")
+    if not is_chief():
+        try:
+            written = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
+        compare_configs(written, state.config)
 
 
 def check_finite(values, step):
@@ -1497,6 +1493,7 @@ def average(losses, batches):
 
 GAP = 2  # between the images of a picture, in pixels
 TITLE_HEIGHT = 28  # in pixels
+MIN_WIDTH = 300  # of a picture, in pixels: the longest title fits
 BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
@@ -1561,7 +1558,7 @@ def draw_grid(rows, titles):
     color = (BACKGROUND,) * len(grid.getbands())
     font = ImageFont.load_default(size=16)
     distance = grid.width / len(titles)
-    more = max(0, math.ceil(12 + font.getlength(titles[-1]) - distance))  # for the last title
+    more = max(0, MIN_WIDTH - grid.width)
     grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, more, 0), color)
     pen = ImageDraw.Draw(grid)
     for number, title in enumerate(titles):
@@ -1572,7 +1569,7 @@ def draw_grid(rows, titles):
 
 def draw_pictures(settings, state, evaluate, data, errors):
     """Draw the pictures of a finished run; say which cannot be drawn, and go on."""
-    if not is_chief():  # the other workers write no files
+    if not is_chief():
         return
     previews = [preview_path(step, settings) for step in state.previews]
     jobs = {
@@ -1680,7 +1677,7 @@ def configure_tensorflow(settings):
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     keras.config.set_image_data_format("channels_last")
     # The last digits of sums depend on the threads. One thread is fastest for one small image.
-    is_small = settings.batch_size == 1 and not onednn_pays(settings)
+    is_small = settings.batch_size == 1 and not is_large_step(settings)
     threads = 1 if is_small else os.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
@@ -1827,6 +1824,8 @@ def print_results(settings, data, metrics):
         f"done     test loss {loss:.4f} ({mean_image_loss:.4f} for the mean training image),"
         f" PSNR {metrics['psnr']:.1f} dB, on {len(data.test_rows):,} test images"
     )
+    if settings.noise:
+        print(f"noisy    PSNR {metrics['noisy_psnr']:.1f} dB, from the same images with noise")
     if loss >= mean_image_loss:
         print("warning  the model is no better than one constant picture: train it longer")
     names = "training.gif, summary.png, worst.png, step_….png"

@@ -432,7 +432,7 @@ a.png=black: all pixels of set are 0
 a.tiff=nan: infinity in .*a.tiff
 train/a.png=text val/a.png=photo: no pictures in set/train, of 2 files
 train/a.png=photo val/a.png=text: no pictures in set/val, of 2 files
-train-images-idx3-ubyte=text: set is missing or damaged"""
+train-images-idx3-ubyte=text: set cannot be used"""
 
 
 @pytest.mark.parametrize("case", FOLDERS.splitlines()[1:])
@@ -464,12 +464,12 @@ def test_folder_that_cannot_be_read_is_refused(refuse, tmp_path, monkeypatch):
     {
         "n, height, width": IMAGES[0, 0],
         "must have numbers": IMAGES.astype(complex),
-        "missing or damaged": {"x_train": OBJECTS},
+        "cannot be used": {"x_train": OBJECTS},
         "1 or 3 channels": draw(20, 4, 4, 4),
         "numbers as x_test": {"x_train": IMAGES, "x_test": IMAGES[:0]},
         "n labels as y_train": {"x_train": IMAGES, "y_train": np.zeros(1)},
         "x.npz must have numbers as x_train": {"images": IMAGES},
-        "x.npz is missing or damaged": train_ae.BUNDLED.read_bytes()[:-9000],
+        "x.npz cannot be used": train_ae.BUNDLED.read_bytes()[:-9000],
         "infinity in .*7": spoil(7, np.inf),
         "brightest.* image test/1": spoil(17, 1e6),
     }.items(),
@@ -493,7 +493,7 @@ def test_values_that_would_become_too_coarse_are_refused(refuse, tmp_path):
         "no_such_set": "no_such_set.* not a folder.* TFDS",
         "imdb_reviews": "imdb_reviews.* TFDS.* image",
         "mnist:9.9.9": "only: 3.0.1",
-        "no_such.npz": "no_such.npz is missing",
+        "no_such.npz": "no_such.npz cannot be used: .* No such file",
         "mnist": "TFDS dataset; .* ./mnist\n.*mnist is not in .*README.md about offline use",
     }.items(),
 )

@@ -270,6 +270,7 @@ def test_other_images_or_labels_are_refused(job, refuse):
     others = [
         ("images", {"x_train": images[::-1]}),
         ("images", {"x_train": images.reshape(30, 2, 8)}),
+        ("images", {"x_train": images / 400}),
         ("labels", {"x_train": images, "y_train": labels[::-1]}),
         ("test images", {"x_train": images[:15], "x_test": images[15:]}),
     ]

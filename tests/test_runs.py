@@ -9,7 +9,6 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import train_ae
 
@@ -37,7 +36,11 @@ def test_default_run_reaches_the_test_loss_that_the_readme_promises(default_run,
 
 def test_default_run_trains_one_image_a_step_at_the_articles_rate(default_run):
     config = default_run.json("config")
-    settings = {"batch_size": 1, "learning_rate": 0.001, "initializer": "article"}
+    settings = {
+        "batch_size": 1,
+        "learning_rate": 0.001,
+        "initializer": "article",
+    }
     machine = {"onednn": "0", "threads": 1}
     for section, chosen in [("settings", settings), ("machine", machine)]:
         assert config[section] == config[section] | chosen
@@ -145,7 +148,6 @@ def test_saved_model_opens_without_the_script(short_run, tmp_path):
 
 def test_readmes_loop_compares_runs(tiny, tmp_path, monkeypatch, capsys):
     code = re.search("```python\n(import train_ae\n\nfor .*?)```", README, re.DOTALL)[1]
-    assert len(code.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     exec(code.replace("steps=1000", "steps=2"))
     printed = re.findall("rate-.*-depth-.: test loss 0[.].*", capsys.readouterr().out)
@@ -158,11 +160,9 @@ def test_readmes_loop_compares_runs(tiny, tmp_path, monkeypatch, capsys):
 LATENT = "    features_shape = hidden.shape[1:]\n"
 FOLLOWED = "    hidden = layers.{}({})(hidden)\n" + LATENT
 OBJECTIVE = "tf.reduce_mean(tf.reduce_sum(tf.square(outputs - images), axis=-1))"
-SSIM = "1 - tf.reduce_mean(tf.image.ssim(images, outputs, 1, filter_size=5))"
 FILTERS = "FILTERS = (16, 32, 64, 128)"
 EDITS = {  # what is replaced, and by what
     "absolute error": (OBJECTIVE, re.search("```python\nreturn (.*)", README)[1]),
-    "structural similarity": (OBJECTIVE, SSIM),
     "other filters": (FILTERS, re.search("```python\n(FILTERS .*)", README)[1]),
     "batch normalization": (LATENT, FOLLOWED.format("BatchNormalization", "")),
     "dropout": (LATENT, FOLLOWED.format("Dropout", "0.5")),
@@ -171,9 +171,6 @@ EDITS = {  # what is replaced, and by what
 
 def expected_loss(name, images, outputs):
     """Return the loss that an edited script minimizes."""
-    if name == "structural similarity":
-        similarity = tf.image.ssim(images, outputs, 1, filter_size=5)
-        return 1 - np.mean(similarity)
     error = outputs - images
     error = np.abs(error) if name == "absolute error" else np.square(error)
     return error.sum(axis=-1).mean()
