@@ -207,41 +207,41 @@ def train(settings: Settings) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = settings.log_folder
-    configure_tensorflow(settings)
-    strategy = make_strategy(settings)
-    data = load_data(settings)
-    weights = read_weights(settings, data.image_shape)
-    # All input has been checked: from here on, files are written.
-    with strategy.scope(), lock(folder):
-        state = State(folder, make_config(settings, data, weights))
-        state.load_checkpoint()
-        share_config(state)
+    with lock_process():
+        configure_tensorflow(settings)
+        strategy = make_strategy(settings)
+        data = load_data(settings)
+        weights = read_weights(settings, data.image_shape)
+        with strategy.scope(), lock_folder(folder):
+            state = State(folder, make_config(settings, data, weights))
+            state.load_checkpoint()
+            write_config(state)
 
-        autoencoder = build_autoencoder(data.image_shape, settings)
-        assign(autoencoder.variables, weights)
-        if settings.tied:
-            tie_kernels(autoencoder.trainable_variables)
-        optimizer = make_optimizer(autoencoder, settings)
-        state.attach([*autoencoder.variables, *optimizer.variables])
-        keep_script(folder / "train_ae.py", is_new=state.step == 0)
-        print_overview(settings, data, state)
+            autoencoder = build_autoencoder(data.image_shape, settings)
+            assign(autoencoder.variables, weights)
+            if settings.tied:
+                tie_kernels(autoencoder.trainable_variables)
+            optimizer = make_optimizer(autoencoder, settings)
+            state.attach([*autoencoder.variables, *optimizer.variables])
+            keep_script(folder / "train_ae.py", is_new=state.step == 0)
+            print_overview(settings, data, state)
 
-        images, rows = to_tensors(data)
-        training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
-        evaluate = compile_evaluation(autoencoder)
-        preview_images = data.prepare(choose_preview_rows(data))
-        fit(training, state, preview_images, evaluate)
+            images, rows = to_tensors(data)
+            training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
+            evaluate = compile_evaluation(autoencoder)
+            preview_images = data.prepare(choose_preview_rows(data))
+            fit(training, state, preview_images, evaluate)
 
-        write_atomically(folder / "autoencoder.keras", autoencoder.save)
-        metrics, arrays = compute_metrics(evaluate, data, folder)
-        metrics["mean_image_loss"] = compute_mean_image_loss(data)
-        if settings.noise:
-            noisy, _ = compute_metrics(evaluate, data, folder, settings.noise, settings.seed)
-            metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
-        metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
-        write_arrays(folder / "latents.npz", arrays)
-        write_json(folder / "metrics.json", metrics)
-        draw_pictures(settings, state, evaluate, data, arrays["errors"])
+            write_atomically(folder / "autoencoder.keras", autoencoder.save)
+            metrics, arrays = compute_metrics(evaluate, data, folder)
+            metrics["mean_image_loss"] = compute_mean_image_loss(data)
+            if settings.noise:
+                noisy, _ = compute_metrics(evaluate, data, folder, settings.noise, settings.seed)
+                metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
+            metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
+            write_arrays(folder / "latents.npz", arrays)
+            write_json(folder / "metrics.json", metrics)
+            draw_pictures(settings, state, evaluate, data, arrays["errors"])
     print_results(settings, data, metrics)
     return metrics
 
@@ -479,7 +479,7 @@ def replica_step(training, step):
     replica = tf.distribute.get_replica_context()
     replicas = replica.num_replicas_in_sync
     with tf.device("CPU:0"):  # the images stay there: only a share goes to a GPU
-        # Made of the whole batch, noise does not depend on the number of devices; it costs little.
+        # Each device draws the noise of the whole batch: its values do not depend on their number.
         clean, noisy = make_batch(training, step)
         targets = clean[replica.replica_id_in_sync_group :: replicas]
         inputs = noisy[replica.replica_id_in_sync_group :: replicas]
@@ -535,7 +535,7 @@ def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tens
 def add_noise(images, stddev, seed, number):
     """Return images in [0, 1] with Gaussian noise, clipped: a function of the arguments.
 
-    `number` is the step in training, and negative in tests, so that no test has a step's noise.
+    `number` is the step in training. Test images have negative numbers, and so no step's noise.
     """
     if stddev == 0:
         return images
@@ -631,15 +631,16 @@ def load_data(settings: Settings) -> Data:
     full disk.
     """
     try:
-        total, found = open_dataset(settings)
+        total, examples = open_dataset(settings)
     except OSError as error:
         raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
-    images, checksum, facts = store(settings, total, check_examples(found))
-    is_test, labels, files = [np.array(column) for column in zip(*facts, strict=True)]
-    classes, labels = np.unique(labels, return_inverse=True)
-    classes = classes.astype(str)
+    images, checksum, examples = store(settings, total, check_examples(examples))
+    files = np.array([example.file for example in examples])
     preparation = choose_preparation(settings, images, files)
+    is_test = np.array([example.is_test for example in examples])
     train_rows, test_rows = choose_rows(settings, is_test)
+    classes, labels = np.unique([example.label for example in examples], return_inverse=True)
+    classes = classes.astype(str)
     return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
@@ -662,8 +663,8 @@ def check_examples(examples):
 
 
 def store(settings, total, examples):
-    """Write the images of examples to a file. Return the images memory-mapped, (n, height, width,
-    channels), their checksum, and (is_test, label, file) of each.
+    """Read all examples, and write their images to a file. Return the images memory-mapped, (n,
+    height, width, channels), their checksum, and the examples without their images.
 
     The file has no name, so that it is gone when the process ends, in any way. It lies where
     --log-dir does: the system's folder for temporary files may be in memory.
@@ -671,7 +672,7 @@ def store(settings, total, examples):
     folder = settings.log_dir.absolute()
     while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
         folder = folder.parent
-    facts = []
+    stored = []
     checksum = 0
     bytes_per_image = 0
     try:
@@ -681,11 +682,11 @@ def store(settings, total, examples):
                 bytes_per_image = image.nbytes
                 checksum = zlib.crc32(image, checksum)
                 file.write(image)
-                facts.append((example.is_test, example.label, example.file))
-            if not facts:
+                stored.append(example._replace(image=None))
+            if not stored:
                 raise SettingsError(f"{settings.dataset} contains no images")
             file.flush()
-            shape = (len(facts), *image.shape)
+            shape = (len(stored), *image.shape)
             # "r+", since NumPy gives TensorFlow only arrays that could be written to.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
@@ -693,7 +694,7 @@ def store(settings, total, examples):
         raise RunError(
             f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
         ) from error
-    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
+    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
 
 
 def choose_preparation(settings, images, files):
@@ -717,27 +718,29 @@ def choose_preparation(settings, images, files):
     else:  # floats, or masks of 0 and 1
         print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
         check_precision(settings, images.dtype, low, high)
-    check_contrast(low, high, darkest, brightest, files)
+    check_contrast(images.dtype, low, high, darkest, brightest, files)
     return Preparation(low, high, channels=1 if is_grey else 3)
 
 
 def check_precision(settings, dtype, low, high):
-    """Refuse a range that has fewer than 256 levels as stored, unless they are 0 and 1 of masks."""
-    step = 0
+    """Refuse values that have lost levels of grey: floats far from 0, and the edges of masks of 0
+    and 1 that were resized as integers.
+    """
+    spacing = 0
     if dtype == np.float32:
-        step = np.spacing(np.float32(max(-low, high)))
-    elif settings.image_size:  # the greys of a resized mask have been rounded to 0 and 1
-        step = 1
-    if step > (high - low) / 255:
+        spacing = np.spacing(np.float32(max(-low, high)))
+    elif settings.image_size:
+        spacing = 1
+    if spacing > (high - low) / 255:
         raise SettingsError(
             f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
             " 255 first"
         )
 
 
-def check_contrast(low, high, darkest, brightest, files):
-    """Warn if images are nearly constant between `low` and `high`, and refuse the set if next to
-    nothing is left: a placeholder, such as -9999, may have widened the range.
+def check_contrast(dtype, low, high, darkest, brightest, files):
+    """Warn if a tenth of the images are nearly constant between `low` and `high`. Of floats, whose
+    range a placeholder such as -9999 may have widened, refuse a set of which next to none are left.
     """
     contrast = (brightest - darkest) / (high - low)
     flat = np.count_nonzero(contrast < 1 / 16)
@@ -746,7 +749,7 @@ def check_contrast(low, high, darkest, brightest, files):
         f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
         f" image {files[brightest.argmax()]}"
     )
-    if np.mean(contrast < 1 / 255) > 0.9:
+    if dtype == np.float32 and np.mean(contrast < 1 / 255) > 0.9:
         raise SettingsError(message)
     if flat > len(files) / 10:
         print(f"warning  {message}")
@@ -882,7 +885,7 @@ TEST_NAMES = ("test", "testing", "testset", "val", "valid", "validation", "eval"
 def find_splits(names):
     """Return which of these names are the splits to train and to test on, or None for each.
 
-    The first of TEST_NAMES wins. Case, hyphens and underscores do not matter.
+    The first of TEST_NAMES wins. Case, hyphens, underscores and spaces do not matter.
     """
     plain = {re.sub("[-_ ]", "", name).lower(): name for name in sorted(names)}
     train = [plain[name] for name in TRAIN_NAMES if name in plain]
@@ -927,15 +930,18 @@ def find_files(folder, excluded):
 
 
 def choose_splits(folder, excluded):
-    """Return the folders of a set, and whether each is to test on: {path: is_test}.
+    """Return the folders of a set, and whether each is to test on: {path: is_test}. For example:
 
-    They are folder/train and folder/test, or the folder itself, whose subfolders are classes. If
-    all that it has is a subfolder, as archives unpack, its content counts.
+        pets/train/cat  pets/test/cat   two splits, whose subfolders are classes
+        pets/cat        pets/dog        the folder itself, and two classes
+        pets/train      pets/car        the same: beside others, "train" alone may be a class
+        pets/data/…     nothing else    as archives unpack: what is in the only subfolder
+
+    Names of splits are those of find_splits().
     """
     paths = list_visible(folder, excluded)
     folders = [path for path in paths if path.is_dir()]
     train, test = find_splits(path.name for path in folders)
-    # Beside others, a folder "train" without "test" may hold a class, such as of vehicles.
     if train and (test or len(folders) == 1):
         splits = {folder / train: False} | ({folder / test: True} if test else {})
         used = " and ".join(path.name for path in splits)
@@ -968,7 +974,7 @@ def read_folder(settings, splits, jobs):
 
 
 def map_in_order(function, jobs):
-    """Yield the function's results in the order of the jobs, computed on all cores, a few ahead."""
+    """Yield the function's results in the order of the jobs, computed on all cores in portions."""
     cores = os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
         for start in range(0, len(jobs), 4 * cores):
@@ -1041,7 +1047,7 @@ def turn_upright(picture):
 
 def open_tfds(settings):
     """Open a TFDS image dataset; download it if needed."""
-    import absl.logging  # slow imports, used only here
+    import absl.logging  # used only here
     import requests
 
     absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
@@ -1125,25 +1131,30 @@ def read_tfds(settings, builder, splits):
 # steps since the last checkpoint. Their events and pictures are written again, with equal values.
 
 
-TRAINING_LOCK = threading.Lock()  # held by the thread that trains
+PROCESS_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Keep other processes from training this run, for a `with` block, and other threads of this
-    process from training any: they would draw from the same random numbers.
-    """
+def lock_process():
+    """Keep other threads from training, for a `with` block: they share seed and layers' names."""
+    if not PROCESS_LOCK.acquire(blocking=False):
+        raise SettingsError("this process is training another run")
+    try:
+        yield
+    finally:
+        PROCESS_LOCK.release()
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Make the folder of a run; keep other processes from training it, for a `with` block."""
     _, index = read_workers()
     folder.mkdir(parents=True, exist_ok=True)
-    if not TRAINING_LOCK.acquire(blocking=False):
-        raise SettingsError("this process is training another run")
     try:
         with filelock.FileLock(folder / f".lock-{index}", blocking=False):
             yield
     except filelock.Timeout:
         raise SettingsError(f"another process is training the run of {folder}") from None
-    finally:
-        TRAINING_LOCK.release()
 
 
 def path_of_checkpoint(log_folder, step):
@@ -1328,6 +1339,7 @@ class State:
                 " (undo the edit, or use another --run-name)"
             )
         assign(variables, self.arrays)
+        self.arrays = {}
 
     def add_losses(self, losses):
         """Add the losses of steps that have been done."""
@@ -1352,7 +1364,7 @@ class State:
                 other.unlink()
 
 
-def share_config(state):
+def write_config(state):
     """Write config.json; check that all workers, if there are several, continue the same run."""
     path = state.log_folder / "config.json"
     write_json(path, state.config)
@@ -1472,8 +1484,8 @@ def compute_mean_image_loss(data):
     are many: what a model that learns has to beat.
     """
     size = len(data.train_rows) * data.images[0].nbytes
-    rows = data.train_rows[:: math.ceil(size / 100_000_000)]  # more would take much memory
-    mean_image = prepare(data.images[rows].mean(axis=0, dtype=float), data.preparation)
+    used = data.train_rows[:: math.ceil(size / 100_000_000)]  # more would take much memory
+    mean_image = prepare(data.images[used].mean(axis=0, dtype=float), data.preparation)
     batches = batch_rows(data.test_rows, data.images)
     losses = []
     for rows in batches:
@@ -1796,7 +1808,7 @@ def print_overview(settings, data, state):
     height, width, channels = data.image_shape
     train_count = len(data.train_rows)
     names = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
-    names = names or "no labels"
+    classes = f"{len(data.classes):,}: {names}" if names else "no labels"
     initial = f"{name_initializer(data.image_shape, settings)} initial weights"
     epochs = settings.steps * settings.batch_size / train_count
     print("device  ", ", ".join(list_devices()))
@@ -1804,7 +1816,7 @@ def print_overview(settings, data, state):
         f"data     {settings.dataset}: {train_count:,} images to train on,"
         f" {len(data.test_rows):,} to test on, {height}x{width}x{channels}"
     )
-    print(f"classes  {len(data.classes):,}: {names}")
+    print(f"classes  {classes}")
     tying = ", the decoder's kernels replaced by the encoder's" if settings.tied else ""
     if not state.step:
         print(f"weights  {settings.weights or initial}{tying}")
