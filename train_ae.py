@@ -14,8 +14,8 @@ A run may end in any way, even by kill -9: the same command with --run-name and 
 folder in logs resumes it, with the same results to the bit.
 
 The method: settings, a whole run, model, objective, optimizer, training step, tied kernels.
-The machinery: data, its readers, resuming, results, pictures, files, devices, main. Functions with
-type hints are for other code, too. Unusable input raises SettingsError, a failed run RunError.
+The machinery: data, readers, storing, resuming, results, pictures, files, devices, main. Functions
+with type hints are for other code, too. Unusable input raises SettingsError, a failed run RunError.
 """
 
 import argparse
@@ -581,8 +581,8 @@ def mirror(kernel):
 
 
 ####################################################################################################
-# The method ends here. What follows serves it: data, readers, resuming, results, pictures, files,
-# devices, main.
+# The method ends here. What follows serves it: data, readers, storing, resuming, results, pictures,
+# files, devices, main.
 ####################################################################################################
 
 
@@ -644,150 +644,6 @@ def load_data(settings: Settings) -> Data:
     return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
-def check_examples(examples):
-    """Yield the same examples, unless their images are unusable, or differ in type or shape."""
-    first_kind = None
-    for example in examples:
-        kind = (example.image.dtype, example.image.shape)
-        first_kind = first_kind or kind
-        if kind != first_kind:
-            both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
-            raise SettingsError(
-                f"images differ in type or shape: {both} (for one shape, add --image-size, such as"
-                " 64; for one type, convert them)"
-            )
-        *_, channels = example.image.shape
-        if channels not in (1, 3):
-            raise SettingsError(f"images must have 1 or 3 channels, not {channels}")
-        yield example
-
-
-def store(settings, total, examples):
-    """Read all examples, and write their images to a file. Return the images memory-mapped, (n,
-    height, width, channels), their checksum, and the examples without their images.
-
-    The file has no name, so that it is gone when the process ends, in any way. It lies where
-    --log-dir does: the system's folder for temporary files may be in memory.
-    """
-    folder = settings.log_dir.absolute()
-    while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
-        folder = folder.parent
-    stored = []
-    checksum = 0
-    bytes_per_image = 0
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for example in make_bar(examples, "reading", total=total, delay=2):
-                image = np.ascontiguousarray(example.image)
-                bytes_per_image = image.nbytes
-                checksum = zlib.crc32(image, checksum)
-                file.write(image)
-                stored.append(example._replace(image=None))
-            if not stored:
-                raise SettingsError(f"{settings.dataset} contains no images")
-            file.flush()
-            shape = (len(stored), *image.shape)
-            # "r+", since NumPy gives TensorFlow only arrays that could be written to.
-            images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
-    except OSError as error:
-        size = f"{total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
-        raise RunError(
-            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
-        ) from error
-    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
-
-
-def choose_preparation(settings, images, files):
-    """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
-    their range. Raises SettingsError for images of no use.
-    """
-    is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
-    values = images.reshape(len(images), -1)
-    darkest = values.min(axis=1).astype(float)  # of each image
-    brightest = values.max(axis=1).astype(float)
-    low = float(darkest.min())
-    high = float(brightest.max())
-    if not math.isfinite(low + high):
-        name = files[np.isfinite(darkest + brightest).argmin()]
-        raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
-    if low == high:
-        raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    if images.dtype == np.uint8 and high > 1:
-        low = 0.0
-        high = 255.0
-    else:  # floats, or masks of 0 and 1
-        print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
-        check_precision(settings, images.dtype, low, high)
-    check_contrast(images.dtype, low, high, darkest, brightest, files)
-    return Preparation(low, high, channels=1 if is_grey else 3)
-
-
-def check_precision(settings, dtype, low, high):
-    """Refuse values that have lost levels of grey: floats far from 0, and the edges of masks of 0
-    and 1 that were resized as integers.
-    """
-    spacing = 0
-    if dtype == np.float32:
-        spacing = np.spacing(np.float32(max(-low, high)))
-    elif settings.image_size:
-        spacing = 1
-    if spacing > (high - low) / 255:
-        raise SettingsError(
-            f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
-            " 255 first"
-        )
-
-
-def check_contrast(dtype, low, high, darkest, brightest, files):
-    """Warn if a tenth of the images are nearly constant between `low` and `high`. Of floats, whose
-    range a placeholder such as -9999 may have widened, refuse a set of which next to none are left.
-    """
-    contrast = (brightest - darkest) / (high - low)
-    flat = np.count_nonzero(contrast < 1 / 16)
-    message = (
-        f"{flat:,} of {len(files):,} images are nearly constant between {low:.9g} and {high:.9g}:"
-        f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
-        f" image {files[brightest.argmax()]}"
-    )
-    if dtype == np.float32 and np.mean(contrast < 1 / 255) > 0.9:
-        raise SettingsError(message)
-    if flat > len(files) / 10:
-        print(f"warning  {message}")
-
-
-def choose_rows(settings, is_test):
-    """Return the rows of the images to train and to test on: those of the test split, or without
-    any, a random tenth.
-    """
-    rows = np.arange(len(is_test))
-    if is_test.any():
-        return rows[~is_test], rows[is_test]
-    if len(rows) == 1:
-        print("test     on the image that is trained on, the only one")
-        return rows, rows
-    print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
-    rows = np.random.default_rng(settings.seed).permutation(rows)
-    return np.split(rows, [len(rows) * 9 // 10])
-
-
-def to_tensors(data):
-    """Return all images and the rows to train on as tensors; the images are not copied."""
-    with tf.device("CPU:0"):  # otherwise they would go to the first GPU
-        images = tf.experimental.dlpack.from_dlpack(data.images.__dlpack__())
-        return images, tf.constant(data.train_rows)
-
-
-def batch_rows(rows, images):
-    """Return rows of images in batches of about 100,000 values: larger ones are not faster."""
-    values = len(rows) * math.prod(images.shape[1:])
-    return np.array_split(rows, min(len(rows), math.ceil(values / 100_000)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Readers. For each kind of set, one function opens it and returns the number of its images, or of
-# the files in a folder, and an iterator of examples.
-
-
 def open_dataset(settings):
     """Open `dataset` with the reader for its kind."""
     path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset)
@@ -802,15 +658,9 @@ def open_dataset(settings):
     return open_tfds(settings)
 
 
-def make_example(settings, image, is_test, label, file):
-    """Return an example of an image of any type and size, (height, width, channels)."""
-    # Pillow resizes two types.
-    image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
-    if settings.image_size:
-        size = (settings.image_size, settings.image_size)
-        channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
-        image = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
-    return Example(image, is_test, label, file)
+# --------------------------------------------------------------------------------------------------
+# Readers. For each kind of set, one function opens it and returns the number of its images, or of
+# the files in a folder, and an iterator of examples.
 
 
 def open_arrays(settings, path):
@@ -852,12 +702,6 @@ def read_arrays(settings, pairs):
             yield make_example(settings, image, name == "test", label, f"{name}/{number}")
 
 
-def match_idx(path):
-    """Return the match of a file's name with those of MNIST, or None."""
-    pattern = r"(.*)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?"
-    return re.fullmatch(pattern, path.name) if path.is_file() else None
-
-
 def load_idx(folder):
     """Return the arrays in a folder of MNIST's format, plain or compressed (Yann LeCun's IDX)."""
     arrays = {}
@@ -878,19 +722,10 @@ def load_idx(folder):
     return arrays
 
 
-TRAIN_NAMES = ("train", "training", "trainset", "trainingset")
-TEST_NAMES = ("test", "testing", "testset", "val", "valid", "validation", "eval", "dev")
-
-
-def find_splits(names):
-    """Return which of these names are the splits to train and to test on, or None for each.
-
-    The first of TEST_NAMES wins. Case, hyphens, underscores and spaces do not matter.
-    """
-    plain = {re.sub("[-_ ]", "", name).lower(): name for name in sorted(names)}
-    train = [plain[name] for name in TRAIN_NAMES if name in plain]
-    test = [plain[name] for name in TEST_NAMES if name in plain]
-    return next(iter(train), None), next(iter(test), None)
+def match_idx(path):
+    """Return the match of a file's name with those of MNIST, or None."""
+    pattern = r"(.*)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?"
+    return re.fullmatch(pattern, path.name) if path.is_file() else None
 
 
 def open_folder(settings, folder):
@@ -907,26 +742,6 @@ def open_folder(settings, folder):
             label = classes[0] if classes else ""
             jobs.append((path, is_test, label, path.relative_to(folder).as_posix()))
     return len(jobs), read_folder(settings, splits, jobs)
-
-
-def list_visible(folder, excluded):
-    """Return the paths in a folder, in order, but for excluded folders, and what is hidden or made
-    by other programs: .git, ._x.png, @eaDir, __MACOSX.
-    """
-    generated = ("@eaDir", "__MACOSX", "__pycache__")
-    paths = [path for path in sorted(folder.iterdir()) if path.name not in generated]
-    paths = [path for path in paths if not path.name.startswith(".")]
-    return [path for path in paths if not path.is_dir() or path.resolve() not in excluded]
-
-
-def find_files(folder, excluded):
-    """Yield all visible files below a folder, in order, following links."""
-    excluded = excluded | {folder.resolve()}  # following a link back to it would never end
-    for path in list_visible(folder, excluded):
-        if path.is_dir():
-            yield from find_files(path, excluded)
-        else:
-            yield path
 
 
 def choose_splits(folder, excluded):
@@ -951,6 +766,41 @@ def choose_splits(folder, excluded):
     if len(paths) == len(folders) == 1:
         return choose_splits(paths[0], excluded | {folder.resolve()})
     return {folder: False}
+
+
+TRAIN_NAMES = ("train", "training", "trainset", "trainingset")
+TEST_NAMES = ("test", "testing", "testset", "val", "valid", "validation", "eval", "dev")
+
+
+def find_splits(names):
+    """Return which of these names are the splits to train and to test on, or None for each.
+
+    The first of TEST_NAMES wins. Case, hyphens, underscores and spaces do not matter.
+    """
+    plain = {re.sub("[-_ ]", "", name).lower(): name for name in sorted(names)}
+    train = [plain[name] for name in TRAIN_NAMES if name in plain]
+    test = [plain[name] for name in TEST_NAMES if name in plain]
+    return next(iter(train), None), next(iter(test), None)
+
+
+def find_files(folder, excluded):
+    """Yield all visible files below a folder, in order, following links."""
+    excluded = excluded | {folder.resolve()}  # following a link back to it would never end
+    for path in list_visible(folder, excluded):
+        if path.is_dir():
+            yield from find_files(path, excluded)
+        else:
+            yield path
+
+
+def list_visible(folder, excluded):
+    """Return the paths in a folder, in order, but for excluded folders, and what is hidden or made
+    by other programs: .git, ._x.png, @eaDir, __MACOSX.
+    """
+    generated = ("@eaDir", "__MACOSX", "__pycache__")
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in generated]
+    paths = [path for path in paths if not path.name.startswith(".")]
+    return [path for path in paths if not path.is_dir() or path.resolve() not in excluded]
 
 
 def read_folder(settings, splits, jobs):
@@ -1122,6 +972,160 @@ def read_tfds(settings, builder, splits):
         raise RunError(f"{builder.data_dir} is damaged: download it again ({error})") from error
 
 
+def make_example(settings, image, is_test, label, file):
+    """Return an example of an image of any type and size, (height, width, channels)."""
+    # Pillow resizes two types.
+    image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
+    if settings.image_size:
+        size = (settings.image_size, settings.image_size)
+        channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
+        image = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
+    return Example(image, is_test, label, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# Storing images, scaling their values, and choosing those to test on
+
+
+def check_examples(examples):
+    """Yield the same examples, unless their images are unusable, or differ in type or shape."""
+    first_kind = None
+    for example in examples:
+        kind = (example.image.dtype, example.image.shape)
+        first_kind = first_kind or kind
+        if kind != first_kind:
+            both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
+            raise SettingsError(
+                f"images differ in type or shape: {both} (for one shape, add --image-size, such as"
+                " 64; for one type, convert them)"
+            )
+        *_, channels = example.image.shape
+        if channels not in (1, 3):
+            raise SettingsError(f"images must have 1 or 3 channels, not {channels}")
+        yield example
+
+
+def store(settings, total, examples):
+    """Read all examples, and write their images to a file. Return the images memory-mapped, (n,
+    height, width, channels), their checksum, and the examples without their images.
+
+    The file has no name, so that it is gone when the process ends, in any way. It lies where
+    --log-dir does: the system's folder for temporary files may be in memory.
+    """
+    folder = settings.log_dir.absolute()
+    while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
+        folder = folder.parent
+    stored = []
+    checksum = 0
+    bytes_per_image = 0
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for example in make_bar(examples, "reading", total=total, delay=2):
+                image = np.ascontiguousarray(example.image)
+                bytes_per_image = image.nbytes
+                checksum = zlib.crc32(image, checksum)
+                file.write(image)
+                stored.append(example._replace(image=None))
+            if not stored:
+                raise SettingsError(f"{settings.dataset} contains no images")
+            file.flush()
+            shape = (len(stored), *image.shape)
+            # "r+", since NumPy gives TensorFlow only arrays that could be written to.
+            images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
+    except OSError as error:
+        size = f"{total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
+        raise RunError(
+            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
+        ) from error
+    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), stored
+
+
+def choose_preparation(settings, images, files):
+    """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
+    their range. Raises SettingsError for images of no use.
+    """
+    is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
+    values = images.reshape(len(images), -1)
+    darkest = values.min(axis=1).astype(float)  # of each image
+    brightest = values.max(axis=1).astype(float)
+    low = float(darkest.min())
+    high = float(brightest.max())
+    if not math.isfinite(low + high):
+        name = files[np.isfinite(darkest + brightest).argmin()]
+        raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
+    if low == high:
+        raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
+    if images.dtype == np.uint8 and high > 1:
+        low = 0.0
+        high = 255.0
+    else:  # floats, or masks of 0 and 1
+        print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
+        check_precision(settings, images.dtype, low, high)
+    check_contrast(images.dtype, low, high, darkest, brightest, files)
+    return Preparation(low, high, channels=1 if is_grey else 3)
+
+
+def check_precision(settings, dtype, low, high):
+    """Refuse values that have lost levels of grey: floats far from 0, and the edges of masks of 0
+    and 1 that were resized as integers.
+    """
+    spacing = 0
+    if dtype == np.float32:
+        spacing = np.spacing(np.float32(max(-low, high)))
+    elif settings.image_size:
+        spacing = 1
+    if spacing > (high - low) / 255:
+        raise SettingsError(
+            f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
+            " 255 first"
+        )
+
+
+def check_contrast(dtype, low, high, darkest, brightest, files):
+    """Warn if a tenth of the images are nearly constant between `low` and `high`. Of floats, whose
+    range a placeholder such as -9999 may have widened, refuse a set of which next to none are left.
+    """
+    contrast = (brightest - darkest) / (high - low)
+    flat = np.count_nonzero(contrast < 1 / 16)
+    message = (
+        f"{flat:,} of {len(files):,} images are nearly constant between {low:.9g} and {high:.9g}:"
+        f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
+        f" image {files[brightest.argmax()]}"
+    )
+    if dtype == np.float32 and np.mean(contrast < 1 / 255) > 0.9:
+        raise SettingsError(message)
+    if flat > len(files) / 10:
+        print(f"warning  {message}")
+
+
+def choose_rows(settings, is_test):
+    """Return the rows of the images to train and to test on: those of the test split, or without
+    any, a random tenth.
+    """
+    rows = np.arange(len(is_test))
+    if is_test.any():
+        return rows[~is_test], rows[is_test]
+    if len(rows) == 1:
+        print("test     on the image that is trained on, the only one")
+        return rows, rows
+    print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
+    rows = np.random.default_rng(settings.seed).permutation(rows)
+    return np.split(rows, [len(rows) * 9 // 10])
+
+
+def to_tensors(data):
+    """Return all images and the rows to train on as tensors; the images are not copied."""
+    with tf.device("CPU:0"):  # otherwise they would go to the first GPU
+        images = tf.experimental.dlpack.from_dlpack(data.images.__dlpack__())
+        return images, tf.constant(data.train_rows)
+
+
+def batch_rows(rows, images):
+    """Return rows of images in batches of about 100,000 values: larger ones are not faster."""
+    values = len(rows) * math.prod(images.shape[1:])
+    return np.array_split(rows, min(len(rows), math.ceil(values / 100_000)))
+
+
 # --------------------------------------------------------------------------------------------------
 # State, and resuming
 #
@@ -1157,16 +1161,6 @@ def lock_folder(folder):
         raise SettingsError(f"another process is training the run of {folder}") from None
 
 
-def path_of_checkpoint(log_folder, step):
-    """Return the path of the checkpoint of a step."""
-    return log_folder / "checkpoints" / f"step_{step:012}.npz"
-
-
-def list_checkpoints(log_folder):
-    """Return the paths of a run's checkpoints in order; other files are left alone."""
-    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
-
-
 def read_weights(settings, image_shape):
     """Return the weights of --weights by name; nothing without it, or if the file is gone and the
     run has a checkpoint. They must be those of a model of this run.
@@ -1190,31 +1184,6 @@ def read_weights(settings, image_shape):
             " FILTERS and the images)"
         )
     return weights
-
-
-def compare_shapes(arrays, variables):
-    """Return how arrays first differ from the variables that they are for, or ""."""
-    given = {path: array.shape for path, array in arrays.items()}
-    needed = {variable.path: tuple(variable.shape) for variable in variables}
-    differences = sorted(given.items() ^ needed.items())
-    if not differences:
-        return ""
-    name, _ = differences[0]
-    return f"{name} is {given.get(name, 'missing')}, and here {needed.get(name, 'missing')}"
-
-
-def assign(variables, arrays):
-    """Give variables the values that a dictionary of arrays has for their paths, if any."""
-    for variable in variables:
-        if variable.path in arrays:
-            variable.assign(arrays[variable.path])
-
-
-# Settings that may differ when a run resumes: names, places, intervals, and how far it trains.
-# Files are compared by their content. A setting that is added belongs here if no number depends on
-# it.
-FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
-FREE |= {"steps", "sample_every", "checkpoint_every"}
 
 
 def make_config(settings, data, weights):
@@ -1248,24 +1217,6 @@ def make_config(settings, data, weights):
         content = b"".join(map(np.ndarray.tobytes, weights.values()))
         config["checksums"]["weights"] = zlib.crc32(content)
     return config
-
-
-def compare_configs(before, now, free=frozenset()):
-    """Compare a configuration with that of the run, which may be another worker's. A difference is
-    refused, but in the machine, where a warning is enough, and in settings that are free.
-    """
-    for section, values in now.items():
-        for name, value in values.items():
-            old = before[section].get(name)
-            if value == old or (section == "settings" and name in free):
-                continue
-            message = f"the run has {name} {old}, but here it is {value}"
-            if section == "machine":
-                print(f"warning  {message}: numbers may differ")
-                continue
-            if section == "checksums":
-                message = f"the {name} are not those of the run"
-            raise SettingsError(f"{message}: use what it was started with, or another --run-name")
 
 
 class State:
@@ -1376,6 +1327,59 @@ def write_config(state):
         except (OSError, ValueError) as error:
             raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
         compare_configs(written, state.config)
+
+
+# Settings that may differ when a run resumes: names, places, intervals, and how far it trains.
+# Files are compared by their content. A setting that is added belongs here if no number depends on
+# it.
+FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
+FREE |= {"steps", "sample_every", "checkpoint_every"}
+
+
+def compare_configs(before, now, free=frozenset()):
+    """Compare a configuration with that of the run, which may be another worker's. A difference is
+    refused, but in the machine, where a warning is enough, and in settings that are free.
+    """
+    for section, values in now.items():
+        for name, value in values.items():
+            old = before[section].get(name)
+            if value == old or (section == "settings" and name in free):
+                continue
+            message = f"the run has {name} {old}, but here it is {value}"
+            if section == "machine":
+                print(f"warning  {message}: numbers may differ")
+                continue
+            if section == "checksums":
+                message = f"the {name} are not those of the run"
+            raise SettingsError(f"{message}: use what it was started with, or another --run-name")
+
+
+def compare_shapes(arrays, variables):
+    """Return how arrays first differ from the variables that they are for, or ""."""
+    given = {path: array.shape for path, array in arrays.items()}
+    needed = {variable.path: tuple(variable.shape) for variable in variables}
+    differences = sorted(given.items() ^ needed.items())
+    if not differences:
+        return ""
+    name, _ = differences[0]
+    return f"{name} is {given.get(name, 'missing')}, and here {needed.get(name, 'missing')}"
+
+
+def assign(variables, arrays):
+    """Give variables the values that a dictionary of arrays has for their paths, if any."""
+    for variable in variables:
+        if variable.path in arrays:
+            variable.assign(arrays[variable.path])
+
+
+def path_of_checkpoint(log_folder, step):
+    """Return the path of the checkpoint of a step."""
+    return log_folder / "checkpoints" / f"step_{step:012}.npz"
+
+
+def list_checkpoints(log_folder):
+    """Return the paths of a run's checkpoints in order; other files are left alone."""
+    return sorted(log_folder.glob(f"checkpoints/step_{'[0-9]' * 12}.npz"))
 
 
 def check_finite(values, step):
