@@ -112,8 +112,7 @@ class Settings(BaseModel):
         default_factory=lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}",
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$",
     )
-    """name of a new run, or of one to resume: up to 100 letters, digits, _, - and ., not starting
-    with - or . (default: date and time)"""
+    """name of a new run, or of one to resume: letters, digits, _, - and . (default: the time)"""
     log_dir: LocalPath = Path("logs")
     """folder for TensorBoard's files, checkpoints, the model and metrics"""
     sample_dir: LocalPath = Path("samples")
@@ -202,55 +201,56 @@ gc.enable()
 def train(settings: Settings) -> dict[str, Any]:
     """Train an autoencoder, or resume its run; return the contents of metrics.json.
 
-    The first run of a process fixes its number of threads. Raises SettingsError, or RunError,
-    OSError or TensorFlow's OpError if the run fails.
+    Raises SettingsError, or RunError, OSError or TensorFlow's OpError if the run fails.
     """
     started = time.perf_counter()
     folder = settings.log_folder
-    with lock_process():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_process())
         configure_tensorflow(settings)
         strategy = make_strategy(settings)
         data = load_data(settings)
-        weights = read_weights(settings, data.image_shape)
-        with strategy.scope(), lock_folder(folder):
-            state = State(folder, make_config(settings, data, weights))
-            state.load_checkpoint()
-            write_config(state)
+        weights = read_weights(settings)
 
-            autoencoder = build_autoencoder(data.image_shape, settings)
-            assign(autoencoder.variables, weights)
-            if settings.tied:
-                tie_kernels(autoencoder.trainable_variables)
-            optimizer = make_optimizer(autoencoder, settings)
-            state.attach([*autoencoder.variables, *optimizer.variables])
-            keep_script(folder / "train_ae.py", is_new=state.step == 0)
-            print_overview(settings, data, state)
+        stack.enter_context(strategy.scope())
+        config = make_config(settings, data, weights)
+        compare_workers(config["settings"] | config["checksums"] | config["model"])
+        autoencoder = build_autoencoder(data.image_shape, settings)
+        assign_weights(autoencoder, weights)
+        if settings.tied:
+            tie_kernels(autoencoder.trainable_variables)
+        optimizer = make_optimizer(autoencoder, settings)
 
-            images, rows = to_tensors(data)
-            training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
-            evaluate = compile_evaluation(autoencoder)
-            preview_images = data.prepare(choose_preview_rows(data))
-            fit(training, state, preview_images, evaluate)
+        stack.enter_context(lock_folder(folder))
+        state = State(folder, config, [*autoencoder.variables, *optimizer.variables])
+        state.load_checkpoint()
+        compare_workers({"checkpoints": state.step})
+        write_json(folder / "config.json", config)
+        keep_script(folder / "train_ae.py", is_new=state.step == 0)
+        print_overview(settings, data, state)
 
-            write_atomically(folder / "autoencoder.keras", autoencoder.save)
-            metrics, arrays = compute_metrics(evaluate, data, folder)
-            metrics["mean_image_loss"] = compute_mean_image_loss(data)
-            if settings.noise:
-                noisy, _ = compute_metrics(evaluate, data, folder, settings.noise, settings.seed)
-                metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
-            metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
-            write_arrays(folder / "latents.npz", arrays)
-            write_json(folder / "metrics.json", metrics)
-            draw_pictures(settings, state, evaluate, data, arrays["errors"])
+        images, rows = to_tensors(data)
+        training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
+        evaluate = compile_evaluation(autoencoder)
+        preview_images = data.prepare(choose_preview_rows(data))
+        fit(training, state, preview_images, evaluate)
+
+        write_atomically(folder / "autoencoder.keras", autoencoder.save)
+        metrics, arrays = compute_metrics(evaluate, data, folder)
+        metrics["mean_image_loss"] = compute_mean_image_loss(data)
+        if settings.noise:
+            noisy, _ = compute_metrics(evaluate, data, folder, settings.noise, settings.seed)
+            metrics |= {f"noisy_{name}": value for name, value in noisy.items()}
+        metrics |= {"steps": settings.steps, "seconds": time.perf_counter() - started}
+        write_arrays(folder / "latents.npz", arrays)
+        write_json(folder / "metrics.json", metrics)
+        draw_pictures(settings, state, evaluate, data, arrays["errors"])
     print_results(settings, data, metrics)
     return metrics
 
 
 def fit(training, state, preview_images, evaluate):
-    """Train from the step where the run stands to its last one.
-
-    A step updates the weights once. One call of the compiled function runs up to 50 of them.
-    """
+    """Train to the last step. One call of the compiled function runs up to 50 steps."""
     settings = training.settings
     compiled_steps = tf.function(train_steps)
     writer = open_writer(settings.log_folder / "train")
@@ -1161,9 +1161,9 @@ def lock_folder(folder):
         raise SettingsError(f"another process is training the run of {folder}") from None
 
 
-def read_weights(settings, image_shape):
-    """Return the weights of --weights by name; nothing without it, or if the file is gone and the
-    run has a checkpoint. They must be those of a model of this run.
+def read_weights(settings):
+    """Return the weights of --weights by the paths of their variables; nothing without it, or if
+    the file is gone and the run has a checkpoint.
     """
     path = settings.weights
     if not path or (not path.exists() and list_checkpoints(settings.log_folder)):
@@ -1172,18 +1172,14 @@ def read_weights(settings, image_shape):
         model = keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises many errors for damaged files
         raise SettingsError(f"--weights {path} is missing or damaged: {error}") from error
-    # A model of this run, made only for its shapes: a bad file is to be refused before anything is
-    # written, and the names in the model to come are to start over.
-    own_model = build_autoencoder(image_shape, settings)
-    keras.utils.clear_session()
-    weights = {variable.path: variable.numpy() for variable in model.variables}
-    difference = compare_shapes(weights, own_model.variables)
-    if difference:
-        raise SettingsError(
-            f"--weights has a model of other shapes: {difference} (see --depth, --latent-dim,"
-            " FILTERS and the images)"
-        )
-    return weights
+    return {variable.path: variable.numpy() for variable in model.variables}
+
+
+def assign_weights(autoencoder, weights):
+    """Give a model the weights of --weights, if there are any."""
+    if weights:
+        problem = "--weights has other layers (see --depth, --latent-dim, FILTERS and the images)"
+        assign(autoencoder.variables, weights, problem)
 
 
 def make_config(settings, data, weights):
@@ -1224,13 +1220,12 @@ class State:
     those of the previews.
     """
 
-    def __init__(self, log_folder, config):
+    def __init__(self, log_folder, config, variables):
         self.log_folder = log_folder
         self.config = config
+        self.variables = variables  # weights and moments
         self.losses = np.zeros(0, np.float32)
         self.previews = {}  # losses by step
-        self.arrays = {}  # of a checkpoint: weights and moments by the paths of their variables
-        self.variables = []  # the same, once there is a model
 
     @property
     def step(self):
@@ -1238,59 +1233,34 @@ class State:
         return len(self.losses)
 
     def load_checkpoint(self):
-        """Load the newest checkpoint that is usable, if there is any: before the model is made,
-        since those of other settings are refused.
+        """Take over the newest checkpoint that is usable, if there is any, unless it is that of
+        another run.
         """
         paths = list_checkpoints(self.log_folder)
         for path in reversed(paths):
             try:
-                before = self.read_checkpoint(path)
+                before, losses, previews, arrays = read_checkpoint(path)
             except MemoryError:
                 raise
             except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is damaged, and skipped: {error!r}")
                 continue
-            compare_configs(before, self.config, FREE)
-            if self.step > self.config["settings"]["steps"]:
-                raise SettingsError(f"the run has {self.step:,} steps: --steps must not be smaller")
+            compare_configs(before, self.config)
+            done = len(losses)
+            if done > self.config["settings"]["steps"]:
+                raise SettingsError(f"the run has {done:,} steps: --steps must not be smaller")
+            problem = (
+                "the layers or the optimizer in train_ae.py are not those of the run (undo the"
+                " edit, or use another --run-name)"
+            )
+            assign(self.variables, arrays, problem)
+            self.losses = losses
+            self.previews = previews
             # Without the file of --weights, its checksum stays.
             self.config["checksums"] = before["checksums"] | self.config["checksums"]
             return
         if paths:
             raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
-
-    def read_checkpoint(self, path):
-        """Take over losses and arrays of a checkpoint; return its configuration."""
-        with np.load(path) as file:
-            arrays = dict(file)
-        config = json.loads(str(arrays.pop("config")))
-        # The defaults stand in for settings that have been added to the script since.
-        config["settings"] = Settings().model_dump(mode="json") | config["settings"]
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ValueError("not all numbers are finite")
-        losses = arrays.pop("losses")
-        if losses.dtype != np.float32 or path != path_of_checkpoint(self.log_folder, len(losses)):
-            raise ValueError("its losses are not those of the steps")
-        self.previews = {int(step): loss for step, loss in arrays.pop("previews")}
-        self.losses = losses
-        self.arrays = arrays
-        return config
-
-    def attach(self, variables):
-        """Give the variables the values of the checkpoint that was loaded, if any; later ones hold
-        them.
-        """
-        self.variables = variables
-        if not self.arrays:
-            return
-        difference = compare_shapes(self.arrays, variables)
-        if difference:
-            raise SettingsError(
-                f"the layers or the optimizer in train_ae.py are not those of the run: {difference}"
-                " (undo the edit, or use another --run-name)"
-            )
-        assign(variables, self.arrays)
-        self.arrays = {}
 
     def add_losses(self, losses):
         """Add the losses of steps that have been done."""
@@ -1307,7 +1277,7 @@ class State:
             "losses": self.losses,
             "previews": list(self.previews.items()),
         }
-        path = path_of_checkpoint(self.log_folder, self.step)
+        path = self.log_folder / "checkpoints" / name_checkpoint(self.step)
         write_arrays(path, arrays)
         if is_chief():
             older = [other for other in list_checkpoints(self.log_folder) if other < path]
@@ -1315,18 +1285,20 @@ class State:
                 other.unlink()
 
 
-def write_config(state):
-    """Write config.json; check that all workers, if there are several, continue the same run."""
-    path = state.log_folder / "config.json"
-    write_json(path, state.config)
-    if not all_workers_agree(state.step):  # waits for all of them, and so for the file
-        raise RunError(f"workers find different checkpoints: is {state.log_folder} shared?")
-    if not is_chief():
-        try:
-            written = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"workers must share --log-dir and --run-name: {error}") from error
-        compare_configs(written, state.config)
+def read_checkpoint(path):
+    """Return the configuration, losses, previews and arrays of a checkpoint."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    config = json.loads(str(arrays.pop("config")))
+    # The defaults stand in for settings that have been added to the script since.
+    config["settings"] = Settings().model_dump(mode="json") | config["settings"]
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError("not all numbers are finite")
+    losses = arrays.pop("losses")
+    if losses.dtype != np.float32 or path.name != name_checkpoint(len(losses)):
+        raise ValueError("its losses are not those of the steps")
+    previews = {int(step): loss for step, loss in arrays.pop("previews")}
+    return config, losses, previews, arrays
 
 
 # Settings that may differ when a run resumes: names, places, intervals, and how far it trains.
@@ -1336,14 +1308,14 @@ FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
 FREE |= {"steps", "sample_every", "checkpoint_every"}
 
 
-def compare_configs(before, now, free=frozenset()):
-    """Compare a configuration with that of the run, which may be another worker's. A difference is
-    refused, but in the machine, where a warning is enough, and in settings that are free.
+def compare_configs(before, now):
+    """Compare the configuration of a run with that of its checkpoint. A difference is refused, but
+    in the machine, where a warning is enough, and in settings that are FREE.
     """
     for section, values in now.items():
         for name, value in values.items():
             old = before[section].get(name)
-            if value == old or (section == "settings" and name in free):
+            if value == old or (section == "settings" and name in FREE):
                 continue
             message = f"the run has {name} {old}, but here it is {value}"
             if section == "machine":
@@ -1354,27 +1326,26 @@ def compare_configs(before, now, free=frozenset()):
             raise SettingsError(f"{message}: use what it was started with, or another --run-name")
 
 
-def compare_shapes(arrays, variables):
-    """Return how arrays first differ from the variables that they are for, or ""."""
+def assign(variables, arrays, problem):
+    """Give variables the values of the arrays for their paths. Raises SettingsError if any is
+    missing, left over, or of another shape.
+    """
     given = {path: array.shape for path, array in arrays.items()}
     needed = {variable.path: tuple(variable.shape) for variable in variables}
     differences = sorted(given.items() ^ needed.items())
-    if not differences:
-        return ""
-    name, _ = differences[0]
-    return f"{name} is {given.get(name, 'missing')}, and here {needed.get(name, 'missing')}"
-
-
-def assign(variables, arrays):
-    """Give variables the values that a dictionary of arrays has for their paths, if any."""
+    if differences:
+        name, _ = differences[0]
+        raise SettingsError(
+            f"{problem}: {name} is {given.get(name, 'missing')}, and here"
+            f" {needed.get(name, 'missing')}"
+        )
     for variable in variables:
-        if variable.path in arrays:
-            variable.assign(arrays[variable.path])
+        variable.assign(arrays[variable.path])
 
 
-def path_of_checkpoint(log_folder, step):
-    """Return the path of the checkpoint of a step."""
-    return log_folder / "checkpoints" / f"step_{step:012}.npz"
+def name_checkpoint(step):
+    """Return the name of the checkpoint of a step."""
+    return f"step_{step:012}.npz"
 
 
 def list_checkpoints(log_folder):
@@ -1687,7 +1658,9 @@ def write_atomically(path, save):
 
 
 def configure_tensorflow(settings):
-    """Set threads and GPU memory, before TensorFlow creates its devices; forget earlier models."""
+    """Set threads and GPU memory, before TensorFlow creates its devices: the first run of a process
+    fixes them. Forget earlier models.
+    """
     tf.get_logger().setLevel("ERROR")  # no warnings about retracing
     keras.utils.clear_session()  # automatic names, which checkpoints contain, start over
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
@@ -1751,13 +1724,21 @@ def is_chief():
     return index == 0
 
 
-def all_workers_agree(number):
-    """Return whether all workers call this with the same number, once all of them have. TensorFlow
-    raises an OpError if one has ended.
+def compare_workers(facts):
+    """Refuse workers that differ in any of these values, by name, once all of them have called
+    this. TensorFlow raises an OpError if one has ended.
     """
     strategy = tf.distribute.get_strategy()
-    one_per_replica = strategy.run(lambda: tf.constant([number]))
-    return len(np.unique(strategy.gather(one_per_replica, axis=0))) == 1
+    checksums = [zlib.crc32(str(value).encode()) for value in facts.values()]
+    own_row = strategy.run(lambda: tf.constant([checksums], tf.int64))
+    rows = strategy.gather(own_row, axis=0).numpy()  # one for each device
+    is_different = (rows != rows[0]).any(axis=0)
+    if is_different.any():
+        names = ", ".join(np.array(list(facts))[is_different])
+        raise SettingsError(
+            f"the workers differ in {names}: they must run the same command on the same images, and"
+            " share --log-dir"
+        )
 
 
 def list_devices():

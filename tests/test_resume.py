@@ -253,7 +253,7 @@ def test_other_settings_are_refused(run, refuse):
 def test_weights_count_by_their_content(job, weights, refuse, finish):
     shutil.copy(weights, "copy.keras")
     copy = f"{LATENT} --weights copy.keras"
-    refuse("other shapes: ", f"{SHORT} --weights copy.keras")
+    refuse("--weights has other layers ", f"{SHORT} --weights copy.keras")
     job(f"{copy} --steps 50")
     refuse("weights are not those", f"{LATENT} --weights logs/x/autoencoder.keras")
     Path("copy.keras").unlink()
