@@ -11,7 +11,7 @@ its training follow a Chinese-language article written for TensorFlow 1, "Rebuil
 autoencoders, and an implementation in Python".
 
 A run may end in any way, even by kill -9: the same command with --run-name and the name of its
-folder in logs resumes it, with the same results to the bit.
+folder in logs resumes it, with the same results to the bit on the same machine.
 
 The method: settings, a whole run, model, objective, optimizer, training step, tied kernels.
 The machinery: data, readers, storing, resuming, results, pictures, files, devices, main. Functions
@@ -157,7 +157,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def is_large_step(settings):
-    """Return whether a step is so large that oneDNN and several threads make it faster."""
+    """Return whether a step is so large that oneDNN makes it faster."""
     size = 28 if settings.dataset in ("mnist_5k", "mnist") else 64  # the images are not read yet
     size = settings.image_size or size
     return settings.batch_size * size**2 > 40_000  # pixels; measured on two EPYC cores
@@ -724,7 +724,7 @@ def load_idx(folder):
 
 def match_idx(path):
     """Return the match of a file's name with those of MNIST, or None."""
-    pattern = r"(.*)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?"
+    pattern = r"(?!\.)(.*)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?"
     return re.fullmatch(pattern, path.name) if path.is_file() else None
 
 
@@ -1175,6 +1175,7 @@ def make_config(settings, data, weights):
     """Return all that determines a run's numbers, in four sections, which are compared differently:
     see compare_configs().
     """
+    is_constant = settings.schedule == "constant"
     config = {
         "settings": settings.model_dump(mode="json"),
         "checksums": {
@@ -1185,6 +1186,7 @@ def make_config(settings, data, weights):
         "model": {
             "filters": list(FILTERS[: settings.depth]),
             "preparation": list(data.preparation),
+            "steps of the schedule": None if is_constant else settings.steps,
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,
@@ -1196,8 +1198,6 @@ def make_config(settings, data, weights):
         },
     }
     config["settings"]["initializer"] = name_initializer(data.image_shape, settings)
-    if settings.schedule == "cosine":  # its rates depend on the steps
-        config["model"]["steps of the schedule"] = settings.steps
     if weights:
         content = b"".join(map(np.ndarray.tobytes, weights.values()))
         config["checksums"]["weights"] = zlib.crc32(content)
@@ -1222,8 +1222,9 @@ class State:
         return len(self.losses)
 
     def load_checkpoint(self):
-        """Take over the newest checkpoint that is usable, if there is any, unless it is that of
-        another run.
+        """Take over the newest checkpoint that is usable, if there is any.
+
+        Raises SettingsError if it is of other settings, images or layers.
         """
         paths = list_checkpoints(self.log_folder)
         for path in reversed(paths):
@@ -1725,8 +1726,8 @@ def compare_workers(facts):
     if is_different.any():
         names = ", ".join(np.array(list(facts))[is_different])
         raise SettingsError(
-            f"the workers differ in {names}: they must run the same command on the same images, and"
-            " share --log-dir"
+            f"the workers differ in {names}: they must run one command, with --run-name, on the"
+            " same images, and share --log-dir"
         )
 
 

@@ -336,6 +336,7 @@ def test_folder_in_mnists_own_format(tmp_path):
     for name, ending in endings:
         folder = tmp_path / name
         save_idx(folder, ending)
+        save(folder / "._train-images-idx3-ubyte", b"macOS")
         data = load(folder)
         assert_array_equal(data.images, IMAGES)
         assert_array_equal(data.test_rows, range(16, 20))

@@ -190,6 +190,7 @@ OTHER = {
     "--sample-every=7": "sample_every:",
     "--depth=2": "depth, filters:",
     "--run-name=y": "run_name:",
+    "--schedule=constant": "schedule, steps of the schedule:",
 }
 
 
