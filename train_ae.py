@@ -627,8 +627,8 @@ class Data(NamedTuple):
 
 
 def load_data(settings: Settings) -> Data:
-    """Return the images of a set. Raises SettingsError, and RunError for a failed download or a
-    full disk.
+    """Return the images of a set. Raises SettingsError, and RunError for a failed download, a
+    damaged TFDS dataset or a full disk.
     """
     try:
         total, examples = open_dataset(settings)
@@ -804,7 +804,7 @@ def list_visible(folder, excluded):
 
 
 def read_folder(settings, splits, jobs):
-    """Yield the examples in picture files; say which files are no pictures."""
+    """Yield the examples in picture files; print the remarks, such as why some are skipped."""
     found = set()  # splits, by is_test
     remarks = {}  # files by remark
     for example, remark, path in map_in_order(partial(read_picture, settings), jobs):
@@ -819,7 +819,7 @@ def read_folder(settings, splits, jobs):
         if is_test not in found:
             raise SettingsError(
                 f"no pictures in {split}, of {len(jobs):,} files (to read a TFDS dataset, give its"
-                " name, and its folder as --data-dir)"
+                " name, and the folder that has it as --data-dir)"
             )
 
 
@@ -974,7 +974,7 @@ def read_tfds(settings, builder, splits):
 
 def make_example(settings, image, is_test, label, file):
     """Return an example of an image of any type and size, (height, width, channels)."""
-    # Pillow resizes two types.
+    # Pillow can resize these two types.
     image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
     if settings.image_size:
         size = (settings.image_size, settings.image_size)
@@ -1082,8 +1082,8 @@ def check_precision(settings, dtype, low, high):
 
 
 def check_contrast(dtype, low, high, darkest, brightest, files):
-    """Warn if a tenth of the images are nearly constant between `low` and `high`. Of floats, whose
-    range a placeholder such as -9999 may have widened, refuse a set of which next to none are left.
+    """Warn if a tenth of the images are nearly constant between `low` and `high`; refuse floats if
+    hardly any image is not: a placeholder, such as -9999, may have widened the range.
     """
     contrast = (brightest - darkest) / (high - low)
     flat = np.count_nonzero(contrast < 1 / 16)
@@ -1644,7 +1644,7 @@ def write_atomically(path, save):
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices, and several machines: each worker runs the same command, and differs in TF_CONFIG
+# Devices, and several machines: all workers run the same command; only TF_CONFIG differs
 
 
 def configure_tensorflow(settings):
@@ -1760,7 +1760,7 @@ def main(settings: Settings) -> int:
         return fail(error)
     except (tf.errors.UnavailableError, tf.errors.AbortedError):
         name = settings.run_name
-        return fail(f"another worker has ended, and says why: all with --run-name {name} resume")
+        return fail(f"another worker has ended: to resume, start all with --run-name {name} again")
     except (MemoryError, tf.errors.OpError) as error:
         if "tfevents" in str(error):
             return fail(f"{settings.log_dir} cannot be written: is the disk full?")

@@ -4,13 +4,13 @@
     python tests/examine.py logs/RUN SET                # on all images of another set
     python tests/examine.py logs/RUN SET --pictures     # and save each reconstruction
 
-RUN is a run's log folder, given in the folder in which it was trained. Its pictures get
-latents.png, and a table is printed.
+RUN is the name of a run; call this from the folder in which it was trained. The first prints a
+table, and draws samples/RUN/latents.png.
 
 SET is what --dataset takes: a folder, an array file or the name of a TFDS dataset. Its images are
-prepared as those of the run were. logs/RUN/examined/SET.npz gets their latents and errors, and
-samples/RUN/examined/ the worst ones, and in SET/ the reconstructions under the names of the
-pictures.
+prepared as those of the run were. Written are logs/RUN/examined/SET.npz, with latents and errors,
+samples/RUN/examined/SET-worst.png, and with --pictures the folder samples/RUN/examined/SET, with
+the reconstructions under the names of the pictures.
 """
 
 import argparse
@@ -242,7 +242,7 @@ def examine_set(run, dataset, with_pictures=False):
 
 
 def area(errors, is_anomaly):
-    """Return how likely the error of an anomaly is larger than that of another image."""
+    """Return the probability that an anomaly has a larger error than another image."""
     others = np.sort(errors[~is_anomaly])
     ranks = np.searchsorted(others, errors[is_anomaly])
     return ranks.mean() / len(others)

@@ -1,18 +1,19 @@
 """Stack an autoencoder layer by layer, as the article's deep autoencoder, for --weights.
 
+    python tests/stack.py FILE.keras STEPS [options of train_ae.py]
+
     python tests/stack.py stacked.keras 400 --dataset mnist --batch-size 64
     python train_ae.py --weights stacked.keras --dataset mnist --batch-size 64
 
-From the images inward, each layer of the encoder and its mirror in the decoder learn, for that many
-steps, to reconstruct what the trained layers before make of the images. Options are train_ae.py's.
+From the images inward, each layer of the encoder and its mirror in the decoder learn, for STEPS
+steps, to reconstruct what the trained layers before make of the images.
 """
 
-import os
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import train_ae  # before TensorFlow, whose environment it sets
 
 # isort: split
@@ -41,7 +42,7 @@ def list_pairs(autoencoder):
 
 @tf.function(autograph=False)
 def train_step(frozen, pair, training, step):
-    """Update the weights of a pair of layers; return the squared error, as of an image's pixels."""
+    """Update the weights of a pair of layers; return the squared error, summed over channels."""
     clean, noisy = train_ae.make_batch(training, step)
     targets = frozen(clean, training=False)
     inputs = frozen(noisy, training=False)
@@ -66,7 +67,7 @@ def stack(settings, steps):
     if settings.tied:
         train_ae.tie_kernels(autoencoder.trainable_variables)
     tensors = (*train_ae.to_tensors(data), data.preparation)
-    settings = settings.model_copy(update={"steps": steps})  # of a rate that falls
+    settings = settings.model_copy(update={"steps": steps})  # for the cosine schedule
     images = keras.Input(data.image_shape)
     hidden = images
     losses = {}
@@ -85,8 +86,13 @@ def stack(settings, steps):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or not sys.argv[1].endswith(".keras") or not sys.argv[2].isdecimal():
-        sys.exit(__doc__)
-    autoencoder, _ = stack(train_ae.parse_arguments(sys.argv[3:]), int(sys.argv[2]))
-    autoencoder.save(sys.argv[1])
+    if not re.fullmatch(r".*\.keras [1-9]\d*", " ".join(sys.argv[1:3])):
+        sys.exit(train_ae.fail("usage: stack.py FILE.keras STEPS [train_ae.py's options]", 2))
+    try:
+        autoencoder, _ = stack(train_ae.parse_arguments(sys.argv[3:]), int(sys.argv[2]))
+        autoencoder.save(sys.argv[1])
+    except train_ae.SettingsError as error:
+        sys.exit(train_ae.fail(error, status=2))
+    except (train_ae.RunError, OSError) as error:
+        sys.exit(train_ae.fail(error))
     print(f"use it with --weights {sys.argv[1]}")
