@@ -206,7 +206,7 @@ def train(settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     folder = settings.log_folder
     with contextlib.ExitStack() as stack:
-        stack.enter_context(PROCESS_LOCK)
+        stack.enter_context(lock_process())
         configure_tensorflow(settings)
         strategy = make_strategy(settings)
         data = load_data(settings)
@@ -1135,7 +1135,18 @@ def batch_rows(rows, images):
 # steps since the last checkpoint. Their events and pictures are written again, with equal values.
 
 
-PROCESS_LOCK = threading.Lock()  # threads train in turn: they share seed and layers' names
+PROCESS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def lock_process():
+    """Keep other threads from training, for a `with` block: they share seed and layers' names."""
+    if not PROCESS_LOCK.acquire(blocking=False):
+        raise SettingsError("this process is training another run")
+    try:
+        yield
+    finally:
+        PROCESS_LOCK.release()
 
 
 @contextlib.contextmanager
