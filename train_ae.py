@@ -112,7 +112,7 @@ class Settings(BaseModel):
         default_factory=lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}",
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$",
     )
-    """name of a new or old run: letters, digits, _, -, ., not starting with - or . (default: time)"""
+    """new or old name: letters, digits, _, - and ., not starting with - or . (default: the time)"""
     log_dir: LocalPath = Path("logs")
     """folder for TensorBoard's files, checkpoints, the model and metrics"""
     sample_dir: LocalPath = Path("samples")
