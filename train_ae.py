@@ -1197,7 +1197,7 @@ def make_config(settings, data, weights):
         "model": {
             "filters": list(FILTERS[: settings.depth]),
             "preparation": list(data.preparation),
-            "steps of the schedule": None if is_constant else settings.steps,
+            "steps of the schedule": None if is_constant else settings.steps,  # for its rates
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,

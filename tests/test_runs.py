@@ -148,6 +148,7 @@ def test_saved_model_opens_without_the_script(short_run, tmp_path):
 
 def test_readmes_loop_compares_runs(tiny, tmp_path, monkeypatch, capsys):
     code = re.search("```python\n(import train_ae\n\nfor .*?)```", README, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     exec(code.replace("steps=1000", "steps=2"))
     printed = re.findall("rate-.*-depth-.: test loss 0[.].*", capsys.readouterr().out)
