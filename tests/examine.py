@@ -138,13 +138,13 @@ def open_run(run, dataset=None):
     """
     config = read_config(run)
     model = keras.models.load_model(run / "autoencoder.keras")
-    values = config["settings"] | {"run_name": run.resolve().name}
+    values = config["settings"] | {"run_name": run.resolve().name, "log_dir": run.resolve().parent}
     settings = train_ae.Settings(**values | ({"dataset": dataset} if dataset else {}))
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings)
     if dataset:
-        data = prepare_as(config["model"]["preparation"], data)
-    if not dataset and data.checksum != config["checksums"]["images"]:
+        data = prepare_as(config["inputs"]["preparation"], data)
+    if not dataset and data.checksum != config["inputs"]["images"]:
         raise train_ae.SettingsError(f"{run} was tested on other images than {settings.dataset}")
     found = "x".join(map(str, data.image_shape))
     needed = "x".join(map(str, model.input_shape[1:]))
@@ -220,7 +220,7 @@ def examine_set(run, dataset, with_pictures=False):
     """Print and write what a run's model makes of all images of a set."""
     settings, data, model = open_run(run, dataset)
     evaluate = train_ae.compile_evaluation(model)
-    metrics, arrays = train_ae.compute_metrics(evaluate, data, run)
+    metrics, arrays = train_ae.compute_metrics(settings, evaluate, data)
     print_table(metrics)
     errors = arrays["errors"]
     for index, name in enumerate(data.classes):

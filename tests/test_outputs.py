@@ -169,7 +169,8 @@ def test_tensorboard_shows_every_loss_and_every_picture(default_run):
     for step in range(0, 3001, 50):
         _, _, png = pictures[step]
         picture = default_run.picture(f"step_{step:05}.png")
-        np.testing.assert_array_equal(Image.open(io.BytesIO(png)), picture)
+        unscaled = picture[28::3, ::3]  # below the title, 3x3 pixels for each
+        np.testing.assert_array_equal(Image.open(io.BytesIO(png)), unscaled)
 
 
 def test_resumed_run_shows_each_picture_once(tiny, run_here):
