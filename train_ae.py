@@ -5,17 +5,16 @@
     tensorboard --logdir logs --samples_per_plugin images=1000
 
 Four stride-2 convolutions encode an image, four transposed convolutions decode it, and Adam
-minimizes the squared error; by default, a step uses one image. The default run takes about ten
-seconds on two EPYC cores and reaches a test loss of 0.0142 ± 0.0006 (n = 5 seeds). The model and
-its training follow a Chinese-language article written for TensorFlow 1, "Rebuilding images with
-autoencoders, and an implementation in Python".
+minimizes the squared error. The default run takes about ten seconds on two EPYC cores and reaches a
+test loss of 0.0142 ± 0.0006 (n = 5 seeds). The model and its training follow a Chinese article for
+TensorFlow 1, "Rebuilding images with autoencoders, and an implementation in Python".
 
 A run may end in any way, even by kill -9: the same command with --run-name and the name of its
 folder in logs resumes it, with the same results to the bit on the same machine.
 
 The method: settings, a whole run, model, objective, optimizer, training step, tied kernels.
 The machinery: data, readers, storing, resuming, results, pictures, files, devices, main. Functions
-with type hints are for other code, too. Unusable input raises SettingsError, a failed run RunError.
+with type hints are for other code, too.
 """
 
 import argparse
@@ -133,7 +132,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line; exit with one line and status 2 for a bad one."""
     parser = argparse.ArgumentParser(
         description="Train a convolutional autoencoder on MNIST, or on images of your own.",
-        epilog="example: python train_ae.py --dataset my-pictures --image-size 64 --batch-size 32",
         argument_default=argparse.SUPPRESS,  # Settings has the defaults
         usage="python train_ae.py [options]",
         allow_abbrev=False,
@@ -142,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
         action = "store_true" if field.annotation is bool else "store"
-        text = field.description or ""
+        text = field.description
         if field.default_factory is None and field.default is not None:
             text += f" (default: {field.default})"
         parser.add_argument(option, action=action, help=text)
@@ -158,14 +156,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 
 def is_large_step(settings):
     """Return whether a step is so large that oneDNN makes it faster."""
-    size = 28 if settings.dataset in ("mnist_5k", "mnist") else 64  # the images are not read yet
-    size = settings.image_size or size
+    is_mnist = settings.dataset in ("mnist_5k", "mnist")
+    size = settings.image_size or (28 if is_mnist else 64)  # the images are not read yet
     return settings.batch_size * size**2 > 40_000  # pixels; measured on two EPYC cores
 
 
 # --------------------------------------------------------------------------------------------------
-# Imports that take seconds. A command line is read before them: for help, for errors, and for
-# oneDNN, which is chosen when TensorFlow is imported.
+# Imports that take seconds: a command line is read before them, and chooses oneDNN
 
 onednn = False  # Intel's kernels: on one small image they are four times slower than TensorFlow's
 if __name__ == "__main__":
@@ -196,6 +193,14 @@ gc.enable()
 
 # --------------------------------------------------------------------------------------------------
 # A whole run
+
+
+class SettingsError(ValueError):
+    """An unusable setting or input; the message says what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """A run that failed; the message says what to do. Exit status 1."""
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -1743,14 +1748,6 @@ def list_devices():
 
 # --------------------------------------------------------------------------------------------------
 # Main
-
-
-class SettingsError(ValueError):
-    """An unusable setting or input; the message says what to do. Exit status 2."""
-
-
-class RunError(Exception):
-    """A run that failed; the message says what to do. Exit status 1."""
 
 
 def main(settings: Settings) -> int:
