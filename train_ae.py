@@ -140,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
         action = "store_true" if field.annotation is bool else "store"
-        text = field.description
+        text = field.description or ""  # missing under cProfile
         if field.default_factory is None and field.default is not None:
             text += f" (default: {field.default})"
         parser.add_argument(option, action=action, help=text)
@@ -217,7 +217,7 @@ def train(settings: Settings) -> dict[str, Any]:
         data = load_data(settings)
         weights = read_weights(settings)
 
-        stack.enter_context(strategy.scope())
+        stack.enter_context(strategy.scope())  # get_strategy() finds it anywhere below
         config = make_config(settings, data, weights)
         compare_workers(folder, config)
         autoencoder = build_autoencoder(data.image_shape, settings)
@@ -229,7 +229,7 @@ def train(settings: Settings) -> dict[str, Any]:
         stack.enter_context(lock_folder(folder))
         state = State(folder, config, [*autoencoder.variables, *optimizer.variables])
         state.load_checkpoint()
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", state.config)
         keep_script(folder / "train_ae.py", is_new=state.step == 0)
         print_overview(settings, data, state)
 
@@ -258,6 +258,7 @@ def fit(training, state, preview_images, evaluate):
     saved_at = time.monotonic()
     with make_bar(total=settings.steps, initial=state.step) as bar:
         if state.step == 0:
+            write_description(settings, evaluate, preview_writer)
             write_preview(state, preview_images, evaluate, settings, preview_writer, bar)
         while state.step < settings.steps:
             stop = choose_stop(training, state.step)
@@ -268,8 +269,7 @@ def fit(training, state, preview_images, evaluate):
             is_last = state.step == settings.steps
             if is_last or state.step % settings.sample_every == 0:
                 write_preview(state, preview_images, evaluate, settings, preview_writer, bar)
-            # The results do not depend on when checkpoints are written.
-            is_overdue = time.monotonic() - saved_at > 10  # seconds
+            is_overdue = time.monotonic() - saved_at > 10  # seconds; no result depends on it
             if is_last or is_overdue or state.step % settings.checkpoint_every == 0:
                 state.save_checkpoint()
                 saved_at = time.monotonic()
@@ -442,7 +442,7 @@ class Preparation(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a step needs, beside its number."""
+    """What a step needs, beside its number. Compiled, its tensors are inputs, all else constant."""
 
     autoencoder: keras.Model
     optimizer: keras.optimizers.Optimizer
@@ -459,14 +459,14 @@ def train_steps(training, first, stop):
     """
     strategy = tf.distribute.get_strategy()
     losses = tf.TensorArray(tf.float32, size=stop - first)
-    for step in tf.range(first, stop):  # compiled to a loop inside TensorFlow
-        losses_of_shares = strategy.run(replica_step, [training, tf.cast(step, tf.int64)])
+    for step in tf.range(first, stop, dtype=tf.int64):  # compiled to a loop in TensorFlow
+        losses_of_shares = strategy.run(replica_step, [training, step])
         loss = strategy.reduce("SUM", losses_of_shares, axis=None)
         if training.settings.tied:
             tie_kernels(training.autoencoder.trainable_variables)
         with tf.name_scope("/"):  # otherwise the loop would be part of the tag: while/loss
-            tf.summary.scalar("loss", loss, tf.cast(step, tf.int64))
-        losses = losses.write(step - first, loss)
+            tf.summary.scalar("loss", loss, step)
+        losses = losses.write(tf.cast(step, tf.int32) - first, loss)
     return losses.stack()
 
 
@@ -474,7 +474,8 @@ def train_steps(training, first, stop):
 def replica_step(training, step):
     """Update the weights with a device's share of the batch; return its share of the loss.
 
-    Shares are summed over the devices: gradients by the optimizer, losses by the caller.
+    Of two devices, each takes half of the images, and halves the mean loss of these: the sum of
+    both is the mean of all. Gradients are summed by the optimizer, losses by the caller.
     """
     replica = tf.distribute.get_replica_context()
     replicas = replica.num_replicas_in_sync
@@ -524,7 +525,7 @@ def batch_indices(step, batch_size, count, seed):
 def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
     """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
     low, high, channels = preparation
-    # Of three equal channels, one is taken; a model of colours may be given grey images.
+    # Of three equal channels, one is taken. Other code may give grey images to a model of colours.
     if images.shape[-1] != channels:
         images = tf.gather(images, [0] * channels, axis=-1)
     # A quotient would have other last digits in a compiled function.
@@ -596,7 +597,7 @@ BUNDLED = SCRIPT.parent / "samples" / "mnist_5k.npz"
 
 
 class Example(NamedTuple):
-    """An image, and what is known of it."""
+    """An image, and the facts known of it."""
 
     image: np.ndarray  # (height, width, channels) uint8 or float32
     is_test: bool
@@ -668,7 +669,7 @@ def read_dataset(settings, bar):
 def open_dataset(settings, bar):
     """Return the iterator of examples of the reader for a kind of set."""
     path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset)
-    if settings.dataset == "mnist":  # as the README has it
+    if settings.dataset == "mnist":  # whatever is in this folder
         if path.exists():
             print("note     mnist is the TFDS dataset; the folder is ./mnist")
         return read_tfds(settings, bar)
@@ -687,14 +688,14 @@ def read_arrays(settings, path, bar):
     """Read a .npz file with x_train, y_train, x_test and y_test, as Keras names them, or MNIST's
     IDX files in a folder; or a .npy file of one array.
     """
-    splits = load_splits(path)
-    bar.total = sum(len(images) for images, _ in splits.values())
-    for name, (images, labels) in splits.items():
+    pairs = load_pairs(path)
+    bar.total = sum(len(images) for images, _ in pairs.values())
+    for name, (images, labels) in pairs.items():
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield make_example(settings, image, name == "test", label, f"{name}/{number}")
 
 
-def load_splits(path):
+def load_pairs(path):
     """Return {"train": (images, labels), "test": ...} of array files; "test" may be missing."""
     try:
         arrays = load_idx(path) if path.is_dir() else np.load(path, mmap_mode="r")
@@ -707,7 +708,7 @@ def load_splits(path):
         raise
     except Exception as error:  # NumPy raises many errors for damaged files
         raise SettingsError(f"{path} cannot be used: {error}") from error
-    splits = {}
+    pairs = {}
     for name in ("train", "test") if "x_test" in arrays else ("train",):
         images = arrays.get(f"x_{name}", np.empty(0))
         labels = arrays.get(f"y_{name}", np.full(images.shape[:1], "")).flatten()
@@ -719,8 +720,8 @@ def load_splits(path):
                 f"{path} must have numbers as x_{name}, (n, height, width) or (n, height, width,"
                 f" channels), and n labels as y_{name}, if any"
             )
-        splits[name] = (images.reshape(*images.shape[:3], -1), labels)
-    return splits
+        pairs[name] = (images.reshape(*images.shape[:3], -1), labels)
+    return pairs
 
 
 def load_idx(folder):
@@ -852,10 +853,15 @@ def map_in_order(function, jobs):
 def read_picture(settings, job):
     """Return the example in a file, or None, with a remark on it or "", and its path."""
     path, is_test, label, file = job
-    picture, remark = open_picture(path)
-    if picture is None:
-        return None, remark, path
+    try:
+        picture, remark = open_picture(path)
+    except Skip as reason:
+        return None, f"skipped, {reason}", path
     return make_example(settings, picture, is_test, label, file), remark, path
+
+
+class Skip(Exception):
+    """The reason why a file is not used."""
 
 
 # Tags of TIFF and EXIF
@@ -865,23 +871,21 @@ ORIENTATION = 274
 
 
 def open_picture(path):
-    """Return a picture, (height, width, channels), or None if it cannot be used; and a remark on
-    it, or "".
-    """
+    """Return a picture, (height, width, channels), and a remark on it, or "". Raises Skip."""
     remark = ""
     if path.suffix.lower() in (".heic", ".heif"):
-        return None, "skipped, of the format HEIC: convert them"
+        raise Skip("of the format HEIC: convert them")
+    if not path.is_file():  # opening a pipe would block
+        raise Skip("not regular files")
+    Image.init()
+    formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would run
     try:
-        if not path.is_file():  # opening a pipe would block
-            return None, "skipped, not regular files"
-        Image.init()
-        formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would run
         with Image.open(path, formats=formats) as picture:
             tags = getattr(picture, "tag_v2", {})
             if tags.get(THUMBNAIL) == 1 or DNG_VERSION in tags:
-                return None, "skipped, raw files of a camera: convert them"
+                raise Skip("raw files of a camera: convert them")
             if ";16" in str(picture.tile) and not picture.mode.startswith("I"):
-                return None, "skipped, with 16-bit colours, of which Pillow keeps 8: convert them"
+                raise Skip("with 16-bit colours, of which Pillow keeps 8: convert them")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 remark = "of several frames, of which the first is used"
             picture.load()
@@ -895,12 +899,12 @@ def open_picture(path):
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB")), remark
-    except MemoryError:
+    except (Skip, MemoryError):
         raise
     except Image.DecompressionBombError:
-        return None, "skipped, of too many pixels"
+        raise Skip("of too many pixels") from None
     except Exception:  # Pillow raises many errors for broken files
-        return None, "skipped, since Pillow cannot read them"
+        raise Skip("since Pillow cannot read them") from None
 
 
 def turn_upright(picture):
@@ -993,7 +997,10 @@ def make_example(settings, image, is_test, label, file):
     if settings.image_size:
         size = (settings.image_size, settings.image_size)
         channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
-        image = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
+        scaled = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
+        # Beside edges, values leave the range; Pillow cuts them off only if they have eight bits.
+        is_float = image.dtype == np.float32
+        image = np.clip(scaled, image.min(), image.max()) if is_float else scaled
     return Example(image, is_test, label, file)
 
 
@@ -1003,7 +1010,7 @@ def make_example(settings, image, is_test, label, file):
 
 def store(settings, examples, bar):
     """Write the images of all examples to a file. Return them memory-mapped, (n, height, width,
-    channels), their checksum, and what else is known of each: (is_test, label, file).
+    channels), their checksum, and the facts known of each: (is_test, label, file).
 
     The file has no name, so that it is gone when the process ends, in any way. It lies where
     --log-dir does: the system's folder for temporary files may be in memory.
@@ -1026,7 +1033,7 @@ def store(settings, examples, bar):
                 raise SettingsError(f"{settings.dataset} contains no images")
             file.flush()
             shape = (len(facts), *image.shape)
-            # "r+", since NumPy gives TensorFlow only arrays that could be written to.
+            # The mapping outlives the file. "r+", as NumPy gives TensorFlow no read-only arrays.
             images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
     except OSError as error:
         size = f"{bar.total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
@@ -1062,14 +1069,14 @@ def choose_preparation(settings, images, files):
 
 
 def check_precision(settings, dtype, low, high):
-    """Refuse values that have lost levels of grey: floats far from 0, and the edges of masks of 0
-    and 1 that were resized as integers.
+    """Refuse values that have lost levels of grey: masks of 0 and 1 that were resized as integers,
+    and floats far from 0.
     """
-    is_mask_resized = dtype == np.uint8 and settings.image_size > 0
-    spacing = 1 if is_mask_resized else np.spacing(np.float32(max(-low, high)))
-    if spacing > (high - low) / 255:
+    if dtype == np.uint8 and settings.image_size:
+        raise SettingsError("--image-size would blur masks of 0 and 1: make them 0 and 255 first")
+    if np.spacing(np.float32(max(-low, high))) > (high - low) / 255:
         raise SettingsError(
-            f"values from {low:.9g} to {high:.9g} become too coarse as {dtype}: scale them to 0 to"
+            f"values from {low:.9g} to {high:.9g} become too coarse as float32: scale them to 0 to"
             " 255 first"
         )
 
@@ -1189,6 +1196,7 @@ def make_config(settings, data, weights):
             "preparation": list(data.preparation),
             "filters": list(FILTERS[: settings.depth]),
             "steps of the schedule": None if is_constant else settings.steps,  # for its rates
+            "initial weights": zlib.crc32(b"".join(map(np.ndarray.tobytes, weights.values()))),
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,
@@ -1200,9 +1208,6 @@ def make_config(settings, data, weights):
         },
     }
     config["settings"]["initializer"] = name_initializer(data.image_shape, settings)
-    if weights:
-        content = b"".join(map(np.ndarray.tobytes, weights.values()))
-        config["inputs"]["initial weights"] = zlib.crc32(content)
     return config
 
 
@@ -1237,6 +1242,8 @@ class State:
             except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is damaged, and skipped: {error!r}")
                 continue
+            if not self.config["inputs"]["initial weights"]:  # the file of --weights may be gone
+                self.config["inputs"]["initial weights"] = before["inputs"]["initial weights"]
             compare_configs(before, self.config)
             done = len(losses)
             if done > self.config["settings"]["steps"]:
@@ -1248,8 +1255,6 @@ class State:
             assign(self.variables, arrays, problem)
             self.losses = losses
             self.previews = previews
-            # Without the file of --weights, its checksum stays.
-            self.config["inputs"] = before["inputs"] | self.config["inputs"]
             return
         if paths:
             raise RunError(f"no checkpoint in {self.log_folder} is usable: use another --run-name")
@@ -1307,7 +1312,7 @@ def compare_configs(before, now):
     for section, values in now.items():
         for name, value in values.items():
             old = before.get(section, {}).get(name)
-            if value == old or name in FREE:
+            if value == old or (section == "settings" and name in FREE):
                 continue
             message = f"the run has {name} {old}, but here it is {value}"
             if section == "machine":
@@ -1364,7 +1369,7 @@ def keep_script(path, is_new):
         edits = list(difflib.unified_diff(before, now.splitlines(), n=0, lineterm=""))
         if edits:
             print("warning  train_ae.py has changed since the run began: numbers may differ")
-            print(*edits[2:12], sep="\n")
+            print(*edits[2:12], sep="\n")  # the first two are names of files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1411,15 +1416,13 @@ def compute_metrics(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the mean metrics of all test images, and the contents of latents.npz: the latent and
     the error of each, with labels, class names and file names.
-
-    The metrics of a denoising model are those from clean inputs, and from noisy ones.
     """
     batches = batch_rows(data.test_rows, data.images)
     mean_image = compute_mean_image(data)
     mean_image_losses = []
     results = []
-    noisy_results = []
-    with tempfile.TemporaryFile(dir=settings.log_folder) as file:  # for latents, see store()
+    noisy_psnr = []
+    with tempfile.TemporaryFile(dir=settings.log_folder) as file:  # latents may outgrow memory
         for number, rows in enumerate(make_bar(batches, desc="testing", delay=2), start=1):
             images = data.prepare(rows)
             constant = tf.broadcast_to(mean_image, images.shape)
@@ -1429,34 +1432,30 @@ def compute_metrics(
             results.append(result._replace(outputs=None, latents=None))
             if settings.noise:
                 noisy = add_noise(images, settings.noise, settings.seed, -number)
-                noisy_result = evaluate(images, noisy)
-                noisy_results.append(noisy_result._replace(outputs=None, latents=None))
+                noisy_psnr.append(evaluate(images, noisy).psnr)
         file.flush()
         shape = (len(data.test_rows), *result.latents.shape[1:])
         latents = np.memmap(file, np.float32, "r", shape=shape)
     sizes = [len(rows) for rows in batches]
-    metrics = average(results, sizes)
-    metrics["mean_image_loss"] = float(np.average(mean_image_losses, weights=sizes))
+    losses = [result.loss for result in results]
+    errors = np.concatenate([result.errors for result in results])
+    psnr = np.concatenate([result.psnr for result in results])
+    metrics = {
+        "test_loss": float(np.average(losses, weights=sizes)),
+        "mean_image_loss": float(np.average(mean_image_losses, weights=sizes)),
+        "squared_error": float(errors.mean()),
+        "psnr": float(psnr.mean()),
+    }
     if settings.noise:
-        noisy_metrics = average(noisy_results, sizes)
-        metrics |= {f"noisy_{name}": value for name, value in noisy_metrics.items()}
+        metrics["noisy_psnr"] = float(np.concatenate(noisy_psnr).mean())
     arrays = {
         "latents": latents,
-        "errors": np.concatenate([result.errors for result in results]),
+        "errors": errors,
         "labels": data.labels[data.test_rows],
         "classes": data.classes,
         "files": data.files[data.test_rows],
     }
     return metrics, arrays
-
-
-def average(results, sizes):
-    """Return the mean metrics of all images from those of batches of these sizes."""
-    return {
-        "test_loss": float(np.average([result.loss for result in results], weights=sizes)),
-        "squared_error": float(np.concatenate([result.errors for result in results]).mean()),
-        "psnr": float(np.concatenate([result.psnr for result in results]).mean()),
-    }
 
 
 def compute_mean_image(data):
@@ -1478,6 +1477,13 @@ MIN_WIDTH = 300  # of a picture, in pixels: the longest title fits
 BACKGROUND = 32  # of pictures: a grey that suits any page
 
 
+def write_description(settings, evaluate, writer):
+    """Write the settings, for TensorBoard's table of runs, and the graph of the model."""
+    with writer.as_default(step=0):
+        hparams_api.hparams(settings.model_dump(mode="json", exclude_none=True))
+        tf.summary.graph(evaluate.get_concrete_function().graph)
+
+
 def write_preview(state, images, evaluate, settings, writer, bar):
     """Write a picture of test images, with its loss, to a file and to TensorBoard; keep that loss,
     and show it beside the mean of the last 50 training losses.
@@ -1488,17 +1494,14 @@ def write_preview(state, images, evaluate, settings, writer, bar):
     loss = float(result.loss)
     check_finite(loss, step)
     state.previews[step] = loss
-    rows = [images, inputs] if settings.noise else [images]
-    rows.append(result.outputs)
-    grid = draw_grid(rows, [f"step {step:,}   preview loss {loss:.4f}"])
+    strips = [images, inputs] if settings.noise else [images]
+    strips.append(result.outputs)
+    grid = draw_grid(strips, [f"step {step:,}   preview loss {loss:.4f}"])
     save = partial(grid.save, compress_level=1)  # the default takes twice the time
     write_atomically(preview_path(step, settings), save)
     with writer.as_default(step=step):
-        if step == 0:
-            hparams_api.hparams(settings.model_dump(mode="json", exclude_none=True))
-            tf.summary.graph(evaluate.get_concrete_function().graph)
         tf.summary.scalar("loss", loss)
-        tf.summary.image("reconstructions", arrange(rows)[np.newaxis])  # not zoomed
+        tf.summary.image("reconstructions", arrange(strips)[np.newaxis])  # not zoomed
     text = f"preview loss {loss:.4f}"
     if step:
         text = f"loss {state.losses[-50:].mean():.4f}  {text}"
@@ -1524,12 +1527,10 @@ def count_in_picture(data):
     return max(1, min(10, 1400 // data.images.shape[2]))
 
 
-def draw_grid(rows, titles):
-    """Return a picture of rows of images, each (n, height, width, channels) in [0, 1]; titles stand
-    above it at equal distances.
-    """
-    zoom = max(1, 100 // max(rows[0].shape[1:3]))  # to at most 100 pixels
-    grid = Image.fromarray(arrange(rows).squeeze())  # Pillow has no axis for a single channel
+def draw_grid(strips, titles):
+    """Return a picture of strips, one below the other; titles stand above it at equal distances."""
+    zoom = max(1, 100 // max(strips[0].shape[1:3]))  # to at most 100 pixels
+    grid = Image.fromarray(arrange(strips).squeeze())  # Pillow has no axis for a single channel
     grid = ImageOps.scale(grid, zoom, Image.Resampling.NEAREST)
     color = (BACKGROUND,) * len(grid.getbands())
     font = ImageFont.load_default(size=16)
@@ -1543,13 +1544,15 @@ def draw_grid(rows, titles):
     return grid
 
 
-def arrange(rows):
-    """Return rows of images side by side, as one array, (height, width, channels) uint8."""
-    pixels = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
-    # Before and after each axis: rows, images, height, width, channels.
+def arrange(strips):
+    """Return strips of images, each (n, height, width, channels) in [0, 1], with gaps around the
+    images, as a single image, (height, width, channels) uint8.
+    """
+    pixels = np.rint(np.clip(strips, 0, 1) * 255).astype(np.uint8)
+    # Before and after each axis: strips, images, height, width, channels.
     gaps = [(0, 0), (0, 0), (0, GAP), (GAP // 2, GAP // 2), (0, 0)]
     tiles = np.pad(pixels, gaps, constant_values=BACKGROUND)
-    return np.vstack([np.hstack(row) for row in tiles])
+    return np.vstack([np.hstack(strip) for strip in tiles])
 
 
 def draw_pictures(settings, state, evaluate, data, errors):
@@ -1702,16 +1705,16 @@ def make_strategy(settings):
 
 def read_workers():
     """Return the addresses of all workers in TF_CONFIG, and which one this is, or none and 0."""
-    text = os.environ.get("TF_CONFIG") or "{}"
     with contextlib.suppress(ValueError, RecursionError):  # of text that is no JSON
-        match json.loads(text):
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        if config == {}:  # as clouds set it for a single machine
+            return [], 0
+        match config:
             case {
                 "cluster": {"worker": [*addresses], **other_jobs},
                 "task": {"type": "worker", "index": int(index)},
             } if index in range(len(addresses)) and not other_jobs:
                 return addresses, index
-            case {**entries} if not entries:  # as clouds set it for a single machine
-                return [], 0
     form = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
     raise SettingsError(f"TF_CONFIG must have the form {form}")
 
@@ -1729,9 +1732,9 @@ def compare_workers(folder, config):
     facts = config["settings"] | config["inputs"] | {"checkpoints": list_checkpoints(folder)}
     strategy = tf.distribute.get_strategy()
     checksums = [zlib.crc32(str(value).encode()) for value in facts.values()]
-    own_row = strategy.run(lambda: tf.constant([checksums], tf.int64))
-    rows = strategy.gather(own_row, axis=0).numpy()  # one for each device
-    is_different = (rows != rows[0]).any(axis=0)
+    own = strategy.run(lambda: tf.constant([checksums], tf.int64))
+    gathered = strategy.gather(own, axis=0).numpy()  # (devices, facts), once all have come here
+    is_different = (gathered != gathered[0]).any(axis=0)
     if is_different.any():
         names = ", ".join(np.array(list(facts))[is_different])
         raise SettingsError(

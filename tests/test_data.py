@@ -190,9 +190,21 @@ def test_image_size_crops_and_scales(tmp_path):
 def test_image_size_scales_other_values_before_they_are_rounded(kind, tmp_path):
     path = save(tmp_path / "x.npy", KINDS[kind])
     data = load(path, image_size=4)
-    crops = np.array([crop(image) for image in np.float32(IMAGES)])
-    expected = 255 * (crops - crops.min()) / np.ptp(crops)
+    crops = []
+    for image in np.float32(IMAGES):
+        overshooting = crop(image)
+        crops.append(np.clip(overshooting, image.min(), image.max()))
+    expected = 255 * (crops - np.min(crops)) / np.ptp(crops)
     assert_allclose(levels(data)[..., 0], expected, atol=1e-2)
+
+
+def test_image_size_leaves_the_range_of_floats(tmp_path):
+    """Bicubic scaling overshoots beside edges."""
+    edges = np.zeros((3, 4, 4, 1))
+    edges[:, :, 2:] = 1
+    data = load(save(tmp_path / "x.npy", edges), image_size=16)
+    assert (data.images.min(), data.images.max()) == (0, 1)
+    assert data.preparation[:2] == (0, 1)
 
 
 def test_what_is_transparent_is_white_whatever_its_hidden_colour(tmp_path):
@@ -485,7 +497,7 @@ def test_values_that_would_become_too_coarse_are_refused(refuse, tmp_path):
     save(tmp_path / "x.npy", IMAGES / 255 - 1e5)
     assert "values from -100000 to -99999 become too coarse" in refuse("x.npy")
     save(tmp_path / "x.npy", KINDS["bool"])
-    assert "values from 0 to 1 become too coarse" in refuse("x.npy", "--image-size=4")
+    assert "--image-size would blur masks" in refuse("x.npy", "--image-size=4")
 
 
 @pytest.mark.parametrize(

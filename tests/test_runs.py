@@ -77,7 +77,7 @@ def test_train_returns_what_it_writes(tmp_path, tiny, monkeypatch):
     )
     metrics = train_ae.train(settings)
     assert metrics == helpers.Finished(tmp_path).json("metrics")
-    assert " ".join(metrics) == "test_loss squared_error psnr mean_image_loss steps seconds"
+    assert " ".join(metrics) == "test_loss mean_image_loss squared_error psnr steps seconds"
 
 
 def test_a_finished_run_is_finished_again_with_the_same_numbers(short_run, run_here):
