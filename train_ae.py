@@ -155,7 +155,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def is_large_step(settings):
-    """Return whether a step is so large that oneDNN makes it faster."""
+    """Return whether a step is so large that oneDNN, Intel's kernels, makes it faster: on one small
+    image, they are four times slower than TensorFlow's own.
+    """
     is_mnist = settings.dataset in ("mnist_5k", "mnist")
     size = settings.image_size or (28 if is_mnist else 64)  # the images are not read yet
     return settings.batch_size * size**2 > 40_000  # pixels; measured on two EPYC cores
@@ -164,13 +166,10 @@ def is_large_step(settings):
 # --------------------------------------------------------------------------------------------------
 # Imports that take seconds: a command line is read before them, and chooses oneDNN
 
-onednn = False  # Intel's kernels: on one small image they are four times slower than TensorFlow's
-if __name__ == "__main__":
-    command_line_settings = parse_arguments()
-    onednn = is_large_step(command_line_settings)
-
+command_line_settings = parse_arguments() if __name__ == "__main__" else None
 if "tensorflow" not in sys.modules:  # TensorFlow reads these when it is imported
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", str(int(onednn)))
+    is_large = command_line_settings and is_large_step(command_line_settings)
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1" if is_large else "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json says
 gc.disable()  # garbage collection would add a second to the imports
@@ -233,7 +232,7 @@ def train(settings: Settings) -> dict[str, Any]:
         keep_script(folder / "train_ae.py", is_new=state.step == 0)
         print_overview(settings, data, state)
 
-        images, rows = to_tensors(data)
+        images, rows = data.to_tensors()
         training = Training(autoencoder, optimizer, images, rows, data.preparation, settings)
         evaluate = compile_evaluation(autoencoder)
         preview_images = data.prepare(choose_preview_rows(data))
@@ -626,6 +625,12 @@ class Data(NamedTuple):
         """Return some of the images as float32 in [0, 1]."""
         return prepare(self.images[rows], self.preparation)
 
+    def to_tensors(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return all images, without a copy, and the rows to train on."""
+        with tf.device("CPU:0"):  # otherwise they would go to the first GPU
+            images = tf.experimental.dlpack.from_dlpack(self.images.__dlpack__())
+            return images, tf.constant(self.train_rows)
+
 
 def load_data(settings: Settings) -> Data:
     """Return the images of a set. Raises SettingsError, and RunError for a failed download, a
@@ -923,6 +928,7 @@ def read_tfds(settings, bar):
 
     builder = find_builder(settings)
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
+    sizes = {name: size for name, size in sizes.items() if size}
     train, test = find_splits(sizes)
     if not train:
         raise SettingsError(f"{settings.dataset} has no split to train on: {[*sizes]}")
@@ -960,23 +966,17 @@ def find_builder(settings):
     import tensorflow_datasets as tfds
 
     absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
-    # A set's features.json can name modules to import: not those beside the script or in the
-    # working folder, where the set may have come with them.
-    search_path = sys.path.copy()
-    own = (Path.cwd(), SCRIPT.parent)
-    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
     try:
-        builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
-        if "image" not in builder.info.features:
-            raise ValueError("it has no images")
+        with hide_own_modules():
+            builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
+            if "image" not in builder.info.features:
+                raise ValueError("it has no images")
     except Exception as error:  # TFDS raises many errors for a wrong name
         reason, *_ = (str(error).strip() or repr(error)).splitlines()  # a list of all may follow
         raise SettingsError(
             f"{settings.dataset!r} is not a folder, a .npz or .npy file, or a TFDS image dataset:"
             f" {reason}"
         ) from None
-    finally:
-        sys.path[:] = search_path
     if not builder.is_prepared():
         try:
             # Without a network, TFDS itself would try for minutes.
@@ -988,6 +988,20 @@ def find_builder(settings):
                 f" README.md about offline use ({error})"
             ) from error
     return builder
+
+
+@contextlib.contextmanager
+def hide_own_modules():
+    """Import nothing from beside the script or the working folder, for a `with` block: the features
+    of a TFDS dataset can name modules, and may have come with them.
+    """
+    search_path = sys.path.copy()
+    own = (Path.cwd(), SCRIPT.parent)
+    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
+    try:
+        yield
+    finally:
+        sys.path[:] = search_path
 
 
 def make_example(settings, image, is_test, label, file):
@@ -1113,19 +1127,6 @@ def choose_rows(settings, is_test):
     return np.split(rows, [len(rows) * 9 // 10])
 
 
-def to_tensors(data):
-    """Return all images and the rows to train on as tensors; the images are not copied."""
-    with tf.device("CPU:0"):  # otherwise they would go to the first GPU
-        images = tf.experimental.dlpack.from_dlpack(data.images.__dlpack__())
-        return images, tf.constant(data.train_rows)
-
-
-def batch_rows(rows, images):
-    """Return rows of images in batches of about 100,000 values: larger ones are not faster."""
-    values = len(rows) * math.prod(images.shape[1:])
-    return np.array_split(rows, min(len(rows), math.ceil(values / 100_000)))
-
-
 # --------------------------------------------------------------------------------------------------
 # State, and resuming
 #
@@ -1182,9 +1183,18 @@ def assign_weights(autoencoder, weights):
         assign(autoencoder.variables, weights, problem)
 
 
+# Settings on which no number depends: names, places, intervals, and how far a run trains. Files are
+# compared by their content.
+FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
+FREE |= {"steps", "sample_every", "checkpoint_every"}
+
+
 def make_config(settings, data, weights):
-    """Return all that determines a run's numbers, in three sections, which are compared
-    differently: see compare_configs().
+    """Return all that determines a run's numbers, in three sections. To resume, a run needs
+
+    settings    equal to its own, but for those that are FREE
+    inputs      equal to its own
+    machine     any: a difference is a warning
     """
     is_constant = settings.schedule == "constant"
     config = {
@@ -1298,17 +1308,8 @@ def read_checkpoint(path):
     return config, losses, previews, arrays
 
 
-# Settings that may differ when a run resumes: names, places, intervals, and how far it trains.
-# Files are compared by their content. A setting that is added belongs here if no number depends on
-# it.
-FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
-FREE |= {"steps", "sample_every", "checkpoint_every"}
-
-
 def compare_configs(before, now):
-    """Compare the configuration of a run with that of its checkpoint. A difference is refused, but
-    in the machine, where a warning is enough, and in settings that are FREE.
-    """
+    """Refuse to resume a run of another configuration, or warn: see make_config()."""
     for section, values in now.items():
         for name, value in values.items():
             old = before.get(section, {}).get(name)
@@ -1458,6 +1459,12 @@ def compute_metrics(
     return metrics, arrays
 
 
+def batch_rows(rows, images):
+    """Return rows of images in batches of about 100,000 values: larger ones are not faster."""
+    values = len(rows) * math.prod(images.shape[1:])
+    return np.array_split(rows, min(len(rows), math.ceil(values / 100_000)))
+
+
 def compute_mean_image(data):
     """Return the mean of the training images, or of evenly chosen ones if they are many: the
     constant picture that a model has to beat.
@@ -1559,9 +1566,9 @@ def draw_pictures(settings, state, evaluate, data, errors):
     """Draw the pictures of a finished run; say which cannot be drawn, and go on."""
     if not is_chief():
         return
-    previews = [preview_path(step, settings) for step in state.previews]
+    paths = [preview_path(step, settings) for step in state.previews]
     jobs = {
-        "training.gif": partial(draw_animation, previews=previews),
+        "training.gif": partial(draw_animation, paths=paths),
         "summary.png": partial(draw_summary, state=state),
         "worst.png": partial(draw_worst, evaluate=evaluate, data=data, errors=errors),
     }
@@ -1583,11 +1590,11 @@ def draw_worst(path, evaluate, data, errors):
     write_atomically(path, grid.save)
 
 
-def draw_animation(path, previews):
+def draw_animation(path, paths):
     """Write a GIF of about twenty of the previews, most of them from the beginning."""
     # Geometric spacing favours the beginning, and repeats indices there: hence unique().
-    indices = np.unique(np.geomspace(1, len(previews), 28).astype(int)) - 1
-    pictures = [Image.open(previews[index]) for index in indices]
+    indices = np.unique(np.geomspace(1, len(paths), 28).astype(int)) - 1
+    pictures = [Image.open(paths[index]) for index in indices]
     # 16 grey levels make the file three times smaller.
     frames = [picture.point(lambda value: value // 16 * 17) for picture in pictures]
     times = [300] * (len(frames) - 1) + [3000]  # ms
@@ -1689,7 +1696,8 @@ def make_strategy(settings):
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
         except tf.errors.OpError as error:
             raise RunError(f"the workers cannot connect: {error}") from error
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow has begun to ignore it
+        with contextlib.suppress(ValueError):  # outside of the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow has begun to ignore it
     elif len(gpus) > 1 and settings.batch_size > 1:  # one image cannot be split
         strategy = tf.distribute.MirroredStrategy()
     else:

@@ -327,7 +327,7 @@ def ours_reading(kind):
     settings = train_ae.Settings(dataset=pictures_folder(), batch_size=kind.batch)
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings)
-    train = make_training(settings, *train_ae.to_tensors(data))
+    train = make_training(settings, *data.to_tensors())
     steps = range(len(data.train_rows) // kind.batch)
     return paced(steps, lambda step: train(step, step + 1))
 

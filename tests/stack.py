@@ -66,7 +66,7 @@ def stack(settings, steps):
     autoencoder = train_ae.build_autoencoder(data.image_shape, settings)
     if settings.tied:
         train_ae.tie_kernels(autoencoder.trainable_variables)
-    tensors = (*train_ae.to_tensors(data), data.preparation)
+    tensors = (*data.to_tensors(), data.preparation)
     settings = settings.model_copy(update={"steps": steps})  # for the cosine schedule
     images = keras.Input(data.image_shape)
     hidden = images
