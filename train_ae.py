@@ -155,8 +155,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def is_large_step(settings):
-    """Return whether a step is so large that oneDNN, Intel's kernels, makes it faster: on one small
-    image, they are four times slower than TensorFlow's own.
+    """Return whether a step is so large that oneDNN, Intel's kernels, is faster than TensorFlow's
+    own: on one small image, it is four times slower.
     """
     is_mnist = settings.dataset in ("mnist_5k", "mnist")
     size = settings.image_size or (28 if is_mnist else 64)  # the images are not read yet
@@ -441,7 +441,7 @@ class Preparation(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a step needs, beside its number. Compiled, its tensors are inputs, all else constant."""
+    """What a step needs, beside its number."""
 
     autoencoder: keras.Model
     optimizer: keras.optimizers.Optimizer
@@ -522,7 +522,7 @@ def batch_indices(step, batch_size, count, seed):
 
 
 def prepare(images: np.ndarray | tf.Tensor, preparation: Preparation) -> tf.Tensor:
-    """Return stored images, (batch, height, width, 1 or 3), as float32 in [0, 1]."""
+    """Return stored images, (..., height, width, 1 or 3), as float32 in [0, 1]."""
     low, high, channels = preparation
     # Of three equal channels, one is taken. Other code may give grey images to a model of colours.
     if images.shape[-1] != channels:
@@ -589,7 +589,7 @@ def mirror(kernel):
 # --------------------------------------------------------------------------------------------------
 # Data. Examples pass one by one from a reader to store(), which writes their images to a file that
 # is mapped into memory: the system reads what is used of it, and drops that when memory is short.
-# So a set may be larger than memory. Values stay as they were read; a step scales what it uses.
+# So a set may be larger than memory. A step scales the values that it uses.
 
 SCRIPT = Path(__file__).resolve()
 BUNDLED = SCRIPT.parent / "samples" / "mnist_5k.npz"
@@ -636,8 +636,11 @@ def load_data(settings: Settings) -> Data:
     """Return the images of a set. Raises SettingsError, and RunError for a failed download, a
     damaged TFDS dataset or a full disk.
     """
-    with make_bar(desc="reading", delay=2) as bar:
-        images, checksum, facts = store(settings, read_dataset(settings, bar), bar)
+    try:
+        total, examples = open_dataset(settings)
+    except OSError as error:
+        raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
+    images, checksum, facts = store(settings, total, examples)
     is_test, labels, files = zip(*facts, strict=True)
     classes, labels = np.unique(labels, return_inverse=True)
     preparation = choose_preparation(settings, images, files)
@@ -647,54 +650,169 @@ def load_data(settings: Settings) -> Data:
     return Data(images, checksum, preparation, train_rows, test_rows, labels, classes, files)
 
 
-def read_dataset(settings, bar):
-    """Yield the examples of a set. Raises SettingsError if their images are unusable, or differ in
-    type or shape.
+def store(settings, total, examples):
+    """Write the images of all examples to a file. Return them memory-mapped, (n, height, width,
+    channels), their checksum, and the facts known of each: (is_test, label, file).
+
+    The file has no name, so that it is gone when the process ends, in any way. It lies where
+    --log-dir does: the system's folder for temporary files may be in memory.
     """
-    first_kind = None
+    folder = settings.log_dir.absolute()
+    while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
+        folder = folder.parent
+    facts = []
+    checksum = 0
+    first = None
     try:
-        for example in open_dataset(settings, bar):
-            kind = (example.image.dtype, example.image.shape)
-            first_kind = first_kind or kind
-            if kind != first_kind:
-                both = " and ".join(f"{dtype} {shape}" for dtype, shape in (first_kind, kind))
-                raise SettingsError(
-                    f"images differ in type or shape: {both} (for one shape, add --image-size,"
-                    " such as 64; for one type, convert them)"
-                )
-            *_, channels = example.image.shape
-            if channels not in (1, 3):
-                raise SettingsError(f"images must have 1 or 3 channels, not {channels}")
-            bar.update()
-            yield example
+        with tempfile.TemporaryFile(dir=folder, buffering=2**20) as file:  # twice as fast as 2**13
+            for image, *fact in make_bar(examples, desc="reading", total=total, delay=2):
+                first = image if first is None else first
+                check_image(image, first)
+                image = np.ascontiguousarray(image)
+                checksum = zlib.crc32(image, checksum)
+                file.write(image)
+                facts.append(fact)
+            if not facts:
+                raise SettingsError(f"{settings.dataset} contains no images")
+            file.flush()
+            shape = (len(facts), *first.shape)
+            # The mapping outlives the file. "r+", as NumPy gives TensorFlow no read-only arrays.
+            images = np.asarray(np.memmap(file, first.dtype, "r+", shape=shape))
     except OSError as error:
-        raise SettingsError(f"{settings.dataset} cannot be read: {error}") from error
+        size = "the" if first is None else f"{total * first.nbytes / 1e9:.2g} GB of"
+        raise RunError(
+            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
+        ) from error
+    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
 
 
-def open_dataset(settings, bar):
-    """Return the iterator of examples of the reader for a kind of set."""
+def check_image(image, first):
+    """Refuse an image that is unusable, or differs from the first one in type or shape."""
+    if (image.dtype, image.shape) != (first.dtype, first.shape):
+        raise SettingsError(
+            f"images differ in type or shape: {first.dtype} {first.shape} and {image.dtype}"
+            f" {image.shape} (for one shape, add --image-size, such as 64; for one type, convert"
+            " them)"
+        )
+    *_, channels = image.shape
+    if channels not in (1, 3):
+        raise SettingsError(f"images must have 1 or 3 channels, not {channels}")
+
+
+def choose_preparation(settings, images, files):
+    """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
+    their range. Raises SettingsError for images of no use.
+    """
+    is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
+    values = images.reshape(len(images), -1)
+    darkest = values.min(axis=1).astype(float)  # of each image
+    brightest = values.max(axis=1).astype(float)
+    low = float(darkest.min())
+    high = float(brightest.max())
+    if not math.isfinite(low + high):
+        name = files[np.isfinite(darkest + brightest).argmin()]
+        raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
+    if low == high:
+        raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
+    if images.dtype == np.uint8 and high > 1:
+        low = 0.0
+        high = 255.0
+    else:  # floats, or masks of 0 and 1
+        print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
+        check_precision(settings, images.dtype, low, high)
+    check_contrast(images.dtype, low, high, darkest, brightest, files)
+    return Preparation(low, high, channels=1 if is_grey else 3)
+
+
+def check_precision(settings, dtype, low, high):
+    """Refuse values that have lost levels of grey: masks of 0 and 1 that were resized as integers,
+    and floats far from 0.
+    """
+    if dtype == np.uint8 and settings.image_size:
+        raise SettingsError("--image-size would blur masks of 0 and 1: make them 0 and 255 first")
+    if np.spacing(np.float32(max(-low, high))) > (high - low) / 255:
+        raise SettingsError(
+            f"values from {low:.9g} to {high:.9g} become too coarse as float32: scale them to 0 to"
+            " 255 first"
+        )
+
+
+def check_contrast(dtype, low, high, darkest, brightest, files):
+    """Warn if a tenth of the images are nearly constant between `low` and `high`; refuse floats if
+    hardly any image is not: a placeholder, such as -9999, may have widened the range.
+    """
+    contrast = (brightest - darkest) / (high - low)
+    flat = np.count_nonzero(contrast < 1 / 16)
+    message = (
+        f"{flat:,} of {len(files):,} images are nearly constant between {low:.9g} and {high:.9g}:"
+        f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
+        f" image {files[brightest.argmax()]}"
+    )
+    if dtype == np.float32 and np.mean(contrast < 1 / 255) > 0.9:
+        raise SettingsError(message)
+    if flat > len(files) / 10:
+        print(f"warning  {message}")
+
+
+def choose_rows(settings, is_test):
+    """Return the rows of the images to train and to test on: those of the test split, or without
+    any, a random tenth.
+    """
+    rows = np.arange(len(is_test))
+    if is_test.any():
+        return rows[~is_test], rows[is_test]
+    if len(rows) == 1:
+        print("test     on the image that is trained on, the only one")
+        return rows, rows
+    print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
+    rows = np.random.default_rng(settings.seed).permutation(rows)
+    return np.split(rows, [len(rows) * 9 // 10])
+
+
+# --------------------------------------------------------------------------------------------------
+# Readers. For each kind of set, one function opens it and returns the number of its images, or of
+# the files in a folder, and an iterator of examples.
+
+
+def open_dataset(settings):
+    """Open `dataset` with the reader for its kind."""
     path = BUNDLED if settings.dataset == "mnist_5k" else Path(settings.dataset)
     if settings.dataset == "mnist":  # whatever is in this folder
         if path.exists():
             print("note     mnist is the TFDS dataset; the folder is ./mnist")
-        return read_tfds(settings, bar)
+        return open_tfds(settings)
     if path.is_dir() and not list_idx(path):
-        return read_folder(settings, path, bar)
+        return open_folder(settings, path)
     if path.is_dir() or path.suffix.lower() in (".npz", ".npy"):
-        return read_arrays(settings, path, bar)
-    return read_tfds(settings, bar)
+        return open_arrays(settings, path)
+    return open_tfds(settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# Readers, one for each kind of set: each sets the total of the bar, and yields examples
+def make_example(settings, image, is_test, label, file):
+    """Return an example of an image of any type and size, (height, width, channels)."""
+    # Pillow can resize these two types.
+    image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
+    if settings.image_size:
+        size = (settings.image_size, settings.image_size)
+        channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
+        scaled = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
+        # Beside edges, values leave the range; Pillow cuts them off only if they have eight bits.
+        is_float = image.dtype == np.float32
+        image = np.clip(scaled, image.min(), image.max()) if is_float else scaled
+    return Example(image, is_test, label, file)
 
 
-def read_arrays(settings, path, bar):
-    """Read a .npz file with x_train, y_train, x_test and y_test, as Keras names them, or MNIST's
+def open_arrays(settings, path):
+    """Open a .npz file with x_train, y_train, x_test and y_test, as Keras names them, or MNIST's
     IDX files in a folder; or a .npy file of one array.
     """
     pairs = load_pairs(path)
-    bar.total = sum(len(images) for images, _ in pairs.values())
+    total = sum(len(images) for images, _ in pairs.values())
+    return total, read_arrays(settings, pairs)
+
+
+def read_arrays(settings, pairs):
+    """Yield the examples in arrays: pairs of images and labels, by split."""
     for name, (images, labels) in pairs.items():
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield make_example(settings, image, name == "test", label, f"{name}/{number}")
@@ -756,8 +874,8 @@ def list_idx(folder):
     return [*filter(None, map(re.compile(pattern).fullmatch, names))]
 
 
-def read_folder(settings, folder, bar):
-    """Read a folder of pictures; subfolders of it, or of its splits, are classes."""
+def open_folder(settings, folder):
+    """Open a folder of pictures; subfolders of it, or of its splits, are classes."""
     # What runs write is not data.
     excluded = {settings.log_dir.resolve(), settings.sample_dir.resolve()}
     if folder.resolve() in excluded:
@@ -769,23 +887,7 @@ def read_folder(settings, folder, bar):
             *classes, _ = path.relative_to(split).parts
             label = classes[0] if classes else ""
             jobs.append((path, is_test, label, path.relative_to(folder).as_posix()))
-    bar.total = len(jobs)
-    found = set()  # splits, by is_test
-    remarks = {}  # files by remark
-    for example, remark, path in map_in_order(partial(read_picture, settings), jobs):
-        if remark:
-            remarks.setdefault(remark, []).append(path)
-        if example:
-            found.add(example.is_test)
-            yield example
-    for remark, paths in remarks.items():
-        print(f"pictures {len(paths):,} {remark}, such as {paths[0]}")
-    for split, is_test in splits.items():
-        if is_test not in found:
-            raise SettingsError(
-                f"no pictures in {split}, of {len(jobs):,} files (to read a TFDS dataset, give its"
-                " name, and the folder that has it as --data-dir)"
-            )
+    return len(jobs), read_folder(settings, splits, jobs)
 
 
 def choose_splits(folder, excluded):
@@ -845,6 +947,26 @@ def list_visible(folder, excluded):
     paths = [path for path in sorted(folder.iterdir()) if path.name not in generated]
     paths = [path for path in paths if not path.name.startswith(".")]
     return [path for path in paths if not path.is_dir() or path.resolve() not in excluded]
+
+
+def read_folder(settings, splits, jobs):
+    """Yield the examples in picture files; print the remarks, such as why some are skipped."""
+    found = set()  # splits, by is_test
+    remarks = {}  # files by remark
+    for example, remark, path in map_in_order(partial(read_picture, settings), jobs):
+        if remark:
+            remarks.setdefault(remark, []).append(path)
+        if example:
+            found.add(example.is_test)
+            yield example
+    for remark, paths in remarks.items():
+        tqdm.write(f"pictures {len(paths):,} {remark}, such as {paths[0]}")  # above the bar
+    for split, is_test in splits.items():
+        if is_test not in found:
+            raise SettingsError(
+                f"no pictures in {split}, of {len(jobs):,} files (to read a TFDS dataset, give its"
+                " name, and the folder that has it as --data-dir)"
+            )
 
 
 def map_in_order(function, jobs):
@@ -922,11 +1044,11 @@ def turn_upright(picture):
     ImageOps.exif_transpose(picture, in_place=True)
 
 
-def read_tfds(settings, bar):
-    """Read a TFDS image dataset; download it if needed."""
-    import tensorflow_datasets as tfds
-
+def open_tfds(settings):
+    """Open a TFDS image dataset; download it if needed."""
     builder = find_builder(settings)
+    if not builder.is_prepared():
+        download(builder)
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
     sizes = {name: size for name, size in sizes.items() if size}
     train, test = find_splits(sizes)
@@ -934,7 +1056,61 @@ def read_tfds(settings, bar):
         raise SettingsError(f"{settings.dataset} has no split to train on: {[*sizes]}")
     splits = {train: False} | ({test: True} if test else {})
     print(f"splits   {' and '.join(splits)} of {', '.join(sizes)}")
-    bar.total = sum(sizes[split] for split in splits)
+    return sum(sizes[split] for split in splits), read_tfds(settings, builder, splits)
+
+
+def find_builder(settings):
+    """Return TFDS's builder of an image dataset."""
+    import absl.logging
+    import tensorflow_datasets as tfds
+
+    absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
+    try:
+        with hide_own_modules():
+            builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
+            if "image" not in builder.info.features:
+                raise ValueError("it has no images")
+    except Exception as error:  # TFDS raises many errors for a wrong name
+        reason, *_ = (str(error).strip() or repr(error)).splitlines()  # a list of all may follow
+        raise SettingsError(
+            f"{settings.dataset!r} is not a folder, a .npz or .npy file, or a TFDS image dataset:"
+            f" {reason}"
+        ) from None
+    return builder
+
+
+@contextlib.contextmanager
+def hide_own_modules():
+    """Import nothing from beside the script or the working folder, for a `with` block: the features
+    of a TFDS dataset can name modules, and may have come with them.
+    """
+    search_path = sys.path.copy()
+    own = (Path.cwd(), SCRIPT.parent)
+    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
+    try:
+        yield
+    finally:
+        sys.path[:] = search_path
+
+
+def download(builder):
+    """Download a TFDS dataset."""
+    import requests
+
+    try:
+        # Without a network, TFDS itself would try for minutes.
+        requests.head("https://storage.googleapis.com", timeout=3)
+        builder.download_and_prepare()
+    except Exception as error:  # whatever broke it
+        raise RunError(
+            f"{builder.name} is not in {builder.data_dir}, and cannot be downloaded: see README.md"
+            f" about offline use ({error})"
+        ) from error
+
+
+def read_tfds(settings, builder, splits):
+    """Yield the examples of a TFDS dataset."""
+    import tensorflow_datasets as tfds
 
     features = dict(builder.info.features)
     wanted = {key: True for key in ("image", "label") if key in features}
@@ -957,174 +1133,6 @@ def read_tfds(settings, bar):
                     number += 1
     except (ValueError, tf.errors.OpError) as error:
         raise RunError(f"{builder.data_dir} is damaged: download it again ({error})") from error
-
-
-def find_builder(settings):
-    """Return TFDS's builder of an image dataset, which has been downloaded."""
-    import absl.logging
-    import requests
-    import tensorflow_datasets as tfds
-
-    absl.logging.set_verbosity("error")  # TFDS's own calls cause warnings
-    try:
-        with hide_own_modules():
-            builder = tfds.builder(settings.dataset, data_dir=settings.data_dir)
-            if "image" not in builder.info.features:
-                raise ValueError("it has no images")
-    except Exception as error:  # TFDS raises many errors for a wrong name
-        reason, *_ = (str(error).strip() or repr(error)).splitlines()  # a list of all may follow
-        raise SettingsError(
-            f"{settings.dataset!r} is not a folder, a .npz or .npy file, or a TFDS image dataset:"
-            f" {reason}"
-        ) from None
-    if not builder.is_prepared():
-        try:
-            # Without a network, TFDS itself would try for minutes.
-            requests.head("https://storage.googleapis.com", timeout=3)
-            builder.download_and_prepare()
-        except Exception as error:  # whatever broke the download
-            raise RunError(
-                f"{settings.dataset} is not in {builder.data_dir}, and cannot be downloaded: see"
-                f" README.md about offline use ({error})"
-            ) from error
-    return builder
-
-
-@contextlib.contextmanager
-def hide_own_modules():
-    """Import nothing from beside the script or the working folder, for a `with` block: the features
-    of a TFDS dataset can name modules, and may have come with them.
-    """
-    search_path = sys.path.copy()
-    own = (Path.cwd(), SCRIPT.parent)
-    sys.path[:] = [folder for folder in search_path if Path(folder).resolve() not in own]
-    try:
-        yield
-    finally:
-        sys.path[:] = search_path
-
-
-def make_example(settings, image, is_test, label, file):
-    """Return an example of an image of any type and size, (height, width, channels)."""
-    # Pillow can resize these two types.
-    image = image.astype(np.uint8 if image.dtype in (np.uint8, bool) else np.float32, copy=False)
-    if settings.image_size:
-        size = (settings.image_size, settings.image_size)
-        channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
-        scaled = np.stack([ImageOps.fit(channel, size) for channel in channels], axis=-1)
-        # Beside edges, values leave the range; Pillow cuts them off only if they have eight bits.
-        is_float = image.dtype == np.float32
-        image = np.clip(scaled, image.min(), image.max()) if is_float else scaled
-    return Example(image, is_test, label, file)
-
-
-# --------------------------------------------------------------------------------------------------
-# Storing images, scaling their values, and choosing those to test on
-
-
-def store(settings, examples, bar):
-    """Write the images of all examples to a file. Return them memory-mapped, (n, height, width,
-    channels), their checksum, and the facts known of each: (is_test, label, file).
-
-    The file has no name, so that it is gone when the process ends, in any way. It lies where
-    --log-dir does: the system's folder for temporary files may be in memory.
-    """
-    folder = settings.log_dir.absolute()
-    while not folder.is_dir():  # --log-dir itself is made once the settings prove usable
-        folder = folder.parent
-    facts = []
-    checksum = 0
-    bytes_per_image = 0
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=2**20) as file:  # twice as fast as 2**13
-            for image, *fact in examples:
-                image = np.ascontiguousarray(image)
-                bytes_per_image = image.nbytes
-                checksum = zlib.crc32(image, checksum)
-                file.write(image)
-                facts.append(fact)
-            if not facts:
-                raise SettingsError(f"{settings.dataset} contains no images")
-            file.flush()
-            shape = (len(facts), *image.shape)
-            # The mapping outlives the file. "r+", as NumPy gives TensorFlow no read-only arrays.
-            images = np.asarray(np.memmap(file, image.dtype, "r+", shape=shape))
-    except OSError as error:
-        size = f"{bar.total * bytes_per_image / 1e9:.2g} GB of" if bytes_per_image else "the"
-        raise RunError(
-            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
-        ) from error
-    return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
-
-
-def choose_preparation(settings, images, files):
-    """Return the preparation of a set: 8-bit values are out of 255, and others are scaled from
-    their range. Raises SettingsError for images of no use.
-    """
-    is_grey = all((image == image[..., :1]).all() for image in images)  # even if saved as RGB
-    values = images.reshape(len(images), -1)
-    darkest = values.min(axis=1).astype(float)  # of each image
-    brightest = values.max(axis=1).astype(float)
-    low = float(darkest.min())
-    high = float(brightest.max())
-    if not math.isfinite(low + high):
-        name = files[np.isfinite(darkest + brightest).argmin()]
-        raise SettingsError(f"{settings.dataset}: NaN or infinity in image {name}")
-    if low == high:
-        raise SettingsError(f"all pixels of {settings.dataset} are {low:g}: there is no picture")
-    if images.dtype == np.uint8 and high > 1:
-        low = 0.0
-        high = 255.0
-    else:  # floats, or masks of 0 and 1
-        print(f"values   {low:.9g} to {high:.9g} become 0 to 1")
-        check_precision(settings, images.dtype, low, high)
-    check_contrast(images.dtype, low, high, darkest, brightest, files)
-    return Preparation(low, high, channels=1 if is_grey else 3)
-
-
-def check_precision(settings, dtype, low, high):
-    """Refuse values that have lost levels of grey: masks of 0 and 1 that were resized as integers,
-    and floats far from 0.
-    """
-    if dtype == np.uint8 and settings.image_size:
-        raise SettingsError("--image-size would blur masks of 0 and 1: make them 0 and 255 first")
-    if np.spacing(np.float32(max(-low, high))) > (high - low) / 255:
-        raise SettingsError(
-            f"values from {low:.9g} to {high:.9g} become too coarse as float32: scale them to 0 to"
-            " 255 first"
-        )
-
-
-def check_contrast(dtype, low, high, darkest, brightest, files):
-    """Warn if a tenth of the images are nearly constant between `low` and `high`; refuse floats if
-    hardly any image is not: a placeholder, such as -9999, may have widened the range.
-    """
-    contrast = (brightest - darkest) / (high - low)
-    flat = np.count_nonzero(contrast < 1 / 16)
-    message = (
-        f"{flat:,} of {len(files):,} images are nearly constant between {low:.9g} and {high:.9g}:"
-        f" the darkest pixel of all is in image {files[darkest.argmin()]}, and the brightest in"
-        f" image {files[brightest.argmax()]}"
-    )
-    if dtype == np.float32 and np.mean(contrast < 1 / 255) > 0.9:
-        raise SettingsError(message)
-    if flat > len(files) / 10:
-        print(f"warning  {message}")
-
-
-def choose_rows(settings, is_test):
-    """Return the rows of the images to train and to test on: those of the test split, or without
-    any, a random tenth.
-    """
-    rows = np.arange(len(is_test))
-    if is_test.any():
-        return rows[~is_test], rows[is_test]
-    if len(rows) == 1:
-        print("test     on the image that is trained on, the only one")
-        return rows, rows
-    print(f"test     a random tenth of the images, drawn with --seed {settings.seed}")
-    rows = np.random.default_rng(settings.seed).permutation(rows)
-    return np.split(rows, [len(rows) * 9 // 10])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1183,8 +1191,8 @@ def assign_weights(autoencoder, weights):
         assign(autoencoder.variables, weights, problem)
 
 
-# Settings on which no number depends: names, places, intervals, and how far a run trains. Files are
-# compared by their content.
+# Settings on which no step depends: names, places, intervals, and how many steps there are. Of
+# files, the content is compared.
 FREE = {"run_name", "log_dir", "sample_dir", "data_dir", "dataset", "weights"}
 FREE |= {"steps", "sample_every", "checkpoint_every"}
 
@@ -1192,21 +1200,22 @@ FREE |= {"steps", "sample_every", "checkpoint_every"}
 def make_config(settings, data, weights):
     """Return all that determines a run's numbers, in three sections. To resume, a run needs
 
-    settings    equal to its own, but for those that are FREE
-    inputs      equal to its own
-    machine     any: a difference is a warning
+    - settings equal to those of its checkpoint, but for FREE ones,
+    - equal inputs, and
+    - an equal machine, or it is warned of the difference.
     """
     is_constant = settings.schedule == "constant"
+    content = b"".join(map(np.ndarray.tobytes, weights.values()))
     config = {
         "settings": settings.model_dump(mode="json"),
         "inputs": {  # most of them as checksums
             "images": data.checksum,
             "test images": zlib.crc32(data.test_rows),  # which of the images they are
-            "labels": zlib.crc32(data.labels[data.test_rows]),
+            "labels": zlib.crc32(data.labels[data.test_rows]),  # they choose the previews
             "preparation": list(data.preparation),
             "filters": list(FILTERS[: settings.depth]),
             "steps of the schedule": None if is_constant else settings.steps,  # for its rates
-            "initial weights": zlib.crc32(b"".join(map(np.ndarray.tobytes, weights.values()))),
+            "initial weights": zlib.crc32(content) if weights else None,
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,
@@ -1252,8 +1261,8 @@ class State:
             except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is damaged, and skipped: {error!r}")
                 continue
-            if not self.config["inputs"]["initial weights"]:  # the file of --weights may be gone
-                self.config["inputs"]["initial weights"] = before["inputs"]["initial weights"]
+            if self.config["inputs"]["initial weights"] is None:  # as the file may be gone
+                self.config["inputs"]["initial weights"] = before["inputs"].get("initial weights")
             compare_configs(before, self.config)
             done = len(losses)
             if done > self.config["settings"]["steps"]:
@@ -1296,7 +1305,7 @@ def read_checkpoint(path):
     """Return the configuration, losses, previews and arrays of a checkpoint."""
     with np.load(path) as file:
         arrays = dict(file)
-    config = json.loads(str(arrays.pop("config")))
+    config = {"inputs": {}, "machine": {}} | json.loads(str(arrays.pop("config")))
     # The defaults stand in for settings that have been added to the script since.
     config["settings"] = Settings().model_dump(mode="json") | config["settings"]
     if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -1312,7 +1321,7 @@ def compare_configs(before, now):
     """Refuse to resume a run of another configuration, or warn: see make_config()."""
     for section, values in now.items():
         for name, value in values.items():
-            old = before.get(section, {}).get(name)
+            old = before[section].get(name)
             if value == old or (section == "settings" and name in FREE):
                 continue
             message = f"the run has {name} {old}, but here it is {value}"
@@ -1417,6 +1426,8 @@ def compute_metrics(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the mean metrics of all test images, and the contents of latents.npz: the latent and
     the error of each, with labels, class names and file names.
+
+    The inputs are clean, but those of "noisy_psnr". The log folder of the run must exist.
     """
     batches = batch_rows(data.test_rows, data.images)
     mean_image = compute_mean_image(data)
