@@ -218,14 +218,14 @@ def train(settings: Settings) -> dict[str, Any]:
 
         stack.enter_context(strategy.scope())  # get_strategy() finds it anywhere below
         config = make_config(settings, data, weights)
-        compare_workers(folder, config)
+        compare_workers(folder, config)  # models of other shapes would never connect
         autoencoder = build_autoencoder(data.image_shape, settings)
         assign_weights(autoencoder, weights)
         if settings.tied:
             tie_kernels(autoencoder.trainable_variables)
         optimizer = make_optimizer(autoencoder, settings)
 
-        stack.enter_context(lock_folder(folder))
+        stack.enter_context(lock_folder(folder))  # nothing has been written yet
         state = State(folder, config, [*autoencoder.variables, *optimizer.variables])
         state.load_checkpoint()
         write_json(folder / "config.json", state.config)
@@ -545,7 +545,7 @@ def add_noise(images, stddev, seed, number):
 
 # --------------------------------------------------------------------------------------------------
 # Tied kernels: after every step, the decoder's are copies of the encoder's, whatever the optimizer
-# has made of them
+# has made of them. So saved models and checkpoints are like those of any other run.
 
 
 def tie_gradients(gradients, variables):
@@ -1745,8 +1745,8 @@ def is_chief():
 
 
 def compare_workers(folder, config):
-    """Refuse workers that differ in settings, inputs or checkpoints, once all of them have called
-    this. TensorFlow raises an OpError if one has ended.
+    """Refuse workers that differ in settings, inputs or checkpoints (one might resume, another begin
+    anew), once all have called this. TensorFlow raises an OpError if one has ended.
     """
     facts = config["settings"] | config["inputs"] | {"checkpoints": list_checkpoints(folder)}
     strategy = tf.distribute.get_strategy()
