@@ -13,8 +13,8 @@ A run may end in any way, even by kill -9: the same command with --run-name and 
 folder in logs resumes it, with the same results to the bit on the same machine.
 
 The method: settings, a whole run, model, objective, optimizer, training step, tied kernels.
-The machinery: data, readers, storing, resuming, results, pictures, files, devices, main. Functions
-with type hints are for other code, too.
+The machinery: data, readers, resuming, results, pictures, files, devices, main. Functions with type
+hints are for other code, too.
 """
 
 import argparse
@@ -182,7 +182,7 @@ import tensorflow as tf
 from keras import layers
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tensorboard.plugins.hparams import api as hparams_api
 from tqdm import tqdm
 
@@ -257,6 +257,7 @@ def fit(training, state, preview_images, evaluate):
     saved_at = time.monotonic()
     with make_bar(total=settings.steps, initial=state.step) as bar:
         if state.step == 0:
+            state.save_checkpoint()  # from now on, a run of other settings is refused here
             write_description(settings, evaluate, preview_writer)
             write_preview(state, preview_images, evaluate, settings, preview_writer, bar)
         while state.step < settings.steps:
@@ -581,8 +582,8 @@ def mirror(kernel):
 
 
 ####################################################################################################
-# The method ends here. What follows serves it: data, readers, storing, resuming, results, pictures,
-# files, devices, main.
+# The method ends here. What follows serves it: data, readers, resuming, results, pictures, files,
+# devices, main.
 ####################################################################################################
 
 
@@ -681,7 +682,7 @@ def store(settings, total, examples):
     except OSError as error:
         size = "the" if first is None else f"{total * first.nbytes / 1e9:.2g} GB of"
         raise RunError(
-            f"{folder}, where --log-dir is, cannot take {size} images: {error.strerror or error}"
+            f"storing {size} images in {folder}, where --log-dir is, has failed: {error}"
         ) from error
     return images, zlib.crc32(f"{images.dtype} {shape}".encode(), checksum), facts
 
@@ -1002,11 +1003,11 @@ def open_picture(path):
     remark = ""
     if path.suffix.lower() in (".heic", ".heif"):
         raise Skip("of the format HEIC: convert them")
-    if not path.is_file():  # opening a pipe would block
-        raise Skip("not regular files")
     Image.init()
     formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would run
     try:
+        if not path.is_file():  # opening a pipe would block
+            raise Skip("not regular files")
         with Image.open(path, formats=formats) as picture:
             tags = getattr(picture, "tag_v2", {})
             if tags.get(THUMBNAIL) == 1 or DNG_VERSION in tags:
@@ -1514,7 +1515,7 @@ def write_preview(state, images, evaluate, settings, writer, bar):
     state.previews[step] = loss
     strips = [images, inputs] if settings.noise else [images]
     strips.append(result.outputs)
-    grid = draw_grid(strips, [f"step {step:,}   preview loss {loss:.4f}"])
+    grid = draw_grid(strips, f"step {step:,}   preview loss {loss:.4f}")
     save = partial(grid.save, compress_level=1)  # the default takes twice the time
     write_atomically(preview_path(step, settings), save)
     with writer.as_default(step=step):
@@ -1545,20 +1546,16 @@ def count_in_picture(data):
     return max(1, min(10, 1400 // data.images.shape[2]))
 
 
-def draw_grid(strips, titles):
-    """Return a picture of strips, one below the other; titles stand above it at equal distances."""
-    zoom = max(1, 100 // max(strips[0].shape[1:3]))  # to at most 100 pixels
+def draw_grid(strips, title):
+    """Return a picture of strips, one below the other, with a title above them."""
+    zoom = max(1, 100 // max(strips[0].shape[1:3]))  # small images grow to about 100 pixels
     grid = Image.fromarray(arrange(strips).squeeze())  # Pillow has no axis for a single channel
     grid = ImageOps.scale(grid, zoom, Image.Resampling.NEAREST)
     color = (BACKGROUND,) * len(grid.getbands())
-    font = ImageFont.load_default(size=16)
-    distance = grid.width / len(titles)
     more = max(0, MIN_WIDTH - grid.width)
     grid = ImageOps.expand(grid, (0, TITLE_HEIGHT, more, 0), color)
     pen = ImageDraw.Draw(grid)
-    for number, title in enumerate(titles):
-        corner = (6 + number * distance, TITLE_HEIGHT // 2)
-        pen.text(corner, title, "white", font, anchor="lm")
+    pen.text((6, TITLE_HEIGHT // 2), title, "white", font_size=16, anchor="lm")
     return grid
 
 
@@ -1596,8 +1593,8 @@ def draw_worst(path, evaluate, data, errors):
     """Draw the test images with the largest errors above their reconstructions, the worst first."""
     worst = np.argsort(-errors, kind="stable")[: count_in_picture(data)]
     images = data.prepare(data.test_rows[worst])
-    titles = [f"{error:.4g}" for error in errors[worst]]
-    grid = draw_grid([images, evaluate(images, images).outputs], titles)
+    title = f"squared errors from {errors[worst[0]]:.4g} to {errors[worst[-1]]:.4g}"
+    grid = draw_grid([images, evaluate(images, images).outputs], title)
     write_atomically(path, grid.save)
 
 
@@ -1745,8 +1742,8 @@ def is_chief():
 
 
 def compare_workers(folder, config):
-    """Refuse workers that differ in settings, inputs or checkpoints (one might resume, another begin
-    anew), once all have called this. TensorFlow raises an OpError if one has ended.
+    """Refuse workers that differ in settings, inputs or checkpoints (one would resume, one not),
+    once all of them have called this. TensorFlow raises an OpError if one has ended.
     """
     facts = config["settings"] | config["inputs"] | {"checkpoints": list_checkpoints(folder)}
     strategy = tf.distribute.get_strategy()

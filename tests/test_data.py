@@ -538,7 +538,7 @@ def test_full_disk_is_refused(moment, refuse, tmp_path, monkeypatch):
     file = Mock(**{f"{moment}.side_effect": error})
     monkeypatch.setattr("tempfile.TemporaryFile", Mock(return_value=nullcontext(file)))
     line = refuse("x.npy", "--log-dir=none/deeper", status=1)
-    assert re.search(f"{tmp_path}.* 3.8e-06 GB .*disk full", line)
+    assert re.search(f"3.8e-06 GB of images in {tmp_path}, .*disk full", line)
 
 
 def limit_memory():

@@ -194,10 +194,11 @@ OTHER = {
 }
 
 
-def test_one_that_differs_says_how_and_all_end(arguments, tmp_path):
+def test_one_that_differs_says_how_and_all_end(arguments, two, tmp_path):
+    others = OTHER | {f"--weights={two.logs}/autoencoder.keras": "weights, initial weights:"}
     pairs = {}
-    for word, text in OTHER.items():
-        folder = tmp_path / word
+    for word, text in others.items():
+        folder = tmp_path / text
         folder.mkdir()
         pairs[text] = start_workers(folder, *arguments, last=[word])
     # Other images under the same name.

@@ -203,6 +203,7 @@ def test_a_process_that_trains_keeps_others_off(tiny, refuse, finish, folder):
     os.kill(trains.process.pid, signal.SIGSTOP)
     refuse("another process .*logs/x", LONG)
     trains.process.kill()
+    refuse("the run has seed 0, but here it is 1", f"{LONG} --seed 1")
     finish(LONG)
 
 
