@@ -19,8 +19,9 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.option.markexpr == "not stress":
-        terminalreporter.line("Left out: tests of random moments and of long runs.")
-        terminalreporter.line("They run with: python -m pytest -m stress")
+        terminalreporter.line(
+            "Random moments and long runs are left out: python -m pytest -m stress"
+        )
 
 
 def once(factory, name, make):

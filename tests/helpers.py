@@ -52,7 +52,6 @@ def call(*arguments, cwd, script=SCRIPT, **environment):
         cwd=cwd,
         env=ENVIRONMENT | environment,
         capture_output=True,
-        text=True,
         errors="backslashreplace",
         timeout=300,
     )

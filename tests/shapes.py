@@ -68,7 +68,7 @@ def draw(folder, count=2000, size=64):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder")
     parser.add_argument("count", type=int, nargs="?", default=2000)
     parser.add_argument("size", type=int, nargs="?", default=64)
     draw(**vars(parser.parse_args()))

@@ -92,7 +92,7 @@ if __name__ == "__main__":
         autoencoder, _ = stack(train_ae.parse_arguments(sys.argv[3:]), int(sys.argv[2]))
         autoencoder.save(sys.argv[1])
     except train_ae.SettingsError as error:
-        sys.exit(train_ae.fail(error, status=2))
+        sys.exit(train_ae.fail(error, 2))
     except (train_ae.RunError, OSError) as error:
         sys.exit(train_ae.fail(error))
     print(f"use it with --weights {sys.argv[1]}")
