@@ -960,7 +960,7 @@ def read_folder(settings, splits, jobs):
             found.add(example.is_test)
             yield example
     for remark, paths in remarks.items():
-        tqdm.write(f"pictures {len(paths):,} {remark}, such as {paths[0]}")  # above the bar
+        print(f"pictures {len(paths):,} {remark}, such as {paths[0]}")
     for split, is_test in splits.items():
         if is_test not in found:
             raise SettingsError(
