@@ -1197,24 +1197,26 @@ FREE |= {"steps", "sample_every", "checkpoint_every"}
 
 
 def make_config(settings, data, weights):
-    """Return all that determines a run's numbers, in three sections. To resume, a run needs
+    """Return all that determines a run's numbers, in four sections. To resume, a run needs
 
     - settings equal to those of its checkpoint, but for FREE ones,
-    - equal inputs, and
+    - equal checksums and an equal model, and
     - an equal machine, or it is warned of the difference.
     """
     is_constant = settings.schedule == "constant"
     content = b"".join(map(np.ndarray.tobytes, weights.values()))
     config = {
         "settings": settings.model_dump(mode="json"),
-        "inputs": {  # most of them as checksums
+        "checksums": {
             "images": data.checksum,
             "test images": zlib.crc32(data.test_rows),  # which of the images they are
             "labels": zlib.crc32(data.labels[data.test_rows]),  # they choose the previews
-            "preparation": list(data.preparation),
+            "weights": zlib.crc32(content) if weights else None,  # those of --weights
+        },
+        "model": {
             "filters": list(FILTERS[: settings.depth]),
+            "preparation": list(data.preparation),
             "steps of the schedule": None if is_constant else settings.steps,  # for its rates
-            "initial weights": zlib.crc32(content) if weights else None,
         },
         "machine": {  # what only last digits depend on
             "tensorflow": tf.__version__,
@@ -1260,8 +1262,8 @@ class State:
             except Exception as error:  # NumPy raises many errors for damaged files
                 print(f"warning  {path} is damaged, and skipped: {error!r}")
                 continue
-            if self.config["inputs"]["initial weights"] is None:  # as the file may be gone
-                self.config["inputs"]["initial weights"] = before["inputs"].get("initial weights")
+            if self.config["checksums"]["weights"] is None:  # as the file may be gone
+                self.config["checksums"]["weights"] = before["checksums"].get("weights")
             compare_configs(before, self.config)
             done = len(losses)
             if done > self.config["settings"]["steps"]:
@@ -1304,7 +1306,7 @@ def read_checkpoint(path):
     """Return the configuration, losses, previews and arrays of a checkpoint."""
     with np.load(path) as file:
         arrays = dict(file)
-    config = {"inputs": {}, "machine": {}} | json.loads(str(arrays.pop("config")))
+    config = json.loads(str(arrays.pop("config")))
     # The defaults stand in for settings that have been added to the script since.
     config["settings"] = Settings().model_dump(mode="json") | config["settings"]
     if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -1327,7 +1329,7 @@ def compare_configs(before, now):
             if section == "machine":
                 print(f"warning  {message}: numbers may differ")
                 continue
-            if section == "inputs":
+            if section == "checksums":
                 message = f"the {name} are not those of the run"
             raise SettingsError(f"{message}: use what it was started with, or another --run-name")
 
@@ -1739,10 +1741,11 @@ def is_chief():
 
 
 def compare_workers(folder, config):
-    """Refuse workers that differ in settings, inputs or checkpoints (one would resume, one not),
-    once all of them have called this. TensorFlow raises an OpError if one has ended.
+    """Refuse workers that differ in settings, images, model or checkpoints (one would resume, one
+    not), once all of them have called this. TensorFlow raises an OpError if one has ended.
     """
-    facts = config["settings"] | config["inputs"] | {"checkpoints": list_checkpoints(folder)}
+    facts = config["settings"] | config["checksums"] | config["model"]
+    facts["checkpoints"] = list_checkpoints(folder)
     strategy = tf.distribute.get_strategy()
     checksums = [zlib.crc32(str(value).encode()) for value in facts.values()]
     own = strategy.run(lambda: tf.constant([checksums], tf.int64))

@@ -143,8 +143,8 @@ def open_run(run, dataset=None):
     train_ae.configure_tensorflow(settings)
     data = train_ae.load_data(settings)
     if dataset:
-        data = prepare_as(config["inputs"]["preparation"], data)
-    if not dataset and data.checksum != config["inputs"]["images"]:
+        data = prepare_as(config["model"]["preparation"], data)
+    if not dataset and data.checksum != config["checksums"]["images"]:
         raise train_ae.SettingsError(f"{run} was tested on other images than {settings.dataset}")
     found = "x".join(map(str, data.image_shape))
     needed = "x".join(map(str, model.input_shape[1:]))

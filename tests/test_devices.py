@@ -195,7 +195,7 @@ OTHER = {
 
 
 def test_one_that_differs_says_how_and_all_end(arguments, two, tmp_path):
-    others = OTHER | {f"--weights={two.logs}/autoencoder.keras": "weights, initial weights:"}
+    others = OTHER | {f"--weights={two.logs}/autoencoder.keras": "weights:"}
     pairs = {}
     for word, text in others.items():
         folder = tmp_path / text
